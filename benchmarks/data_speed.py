@@ -234,11 +234,11 @@ def measured(folder: Path, quick: bool) -> dict[str, Any]:
     rounds = 1 if quick else 3
     documents = texts(100_000 if quick else 1 << 62)
     train_tokenizer(folder, documents[::20])
-    text = list(measured_text(folder, documents, 1 if quick else 5, rounds, 20_000 if quick else 1_000_000))
+    text = list(measured_text(folder, documents, 1 if quick else 4, rounds, 20_000 if quick else 1_000_000))
     ids = np.random.default_rng(0).integers(0, 1 << 16, RANDOM_IDS >> (5 if quick else 0), np.uint16)
     ids.tofile(folder / "ids.bin")
     speed = measured_token_files(folder / "ids.bin", 1_000_000 if quick else 64_000_000, rounds)
-    ranks, seconds = (2, 1.0) if quick else (8, 20.0)
+    ranks, seconds = (2, 1.0) if quick else (8, 15.0)
     sources = {"text": "builtin", "token files": str(folder / "ids.bin")}
     waits = {kind: measured_wait(data, folder, ranks, seconds) for kind, data in sources.items()}
     return {

@@ -155,6 +155,15 @@ def _begin_or_continue(work: Path, here: Mapping[str, str]) -> None:
     _require_equal(then, here, work.parent)
 
 
+def require_unchanged(source: Source, out: Path) -> None:
+    """Raises UserError if a file has changed since the source was opened: pieces can be of different contents."""
+    for file in source.files:
+        now = file.path.stat() if file.path.exists() else None
+        if now is None or (now.st_size, now.st_mtime_ns) != (file.size, file.modified):
+            fix = f"remove {shortened(out, 200)}, and start again"
+            raise UserError(Problem(shortened(file.path, 400), "was changed while it was tokenized", fix=fix))
+
+
 def _texts(maker: MadeBy) -> dict[str, str]:
     return {f"tokenizer {name}": str(value) for name, value in asdict(maker).items()}
 

@@ -25,7 +25,15 @@ from typing import Any, BinaryIO
 from quadriga.data.pieces import Piece, cut_pieces
 from quadriga.data.shards import WORK, ShardManifest, dtype_for
 from quadriga.data.sources import Source
-from quadriga.data.tokenize_job import CONTINUE, TokenizeJob, made_by, piece_path, prepare_folder, unwritable
+from quadriga.data.tokenize_job import (
+    CONTINUE,
+    TokenizeJob,
+    made_by,
+    piece_path,
+    prepare_folder,
+    require_unchanged,
+    unwritable,
+)
 from quadriga.data.tokenize_shards import Assembler
 from quadriga.data.tokenizer import Tokenizer
 from quadriga.errors import Fault, Problem, UserError
@@ -109,6 +117,7 @@ def _run(
             complete.add(number)
             while assembler.piece in complete:
                 assembler.add(Piece(piece_path(work, assembler.piece), dtype))
+        require_unchanged(source, out)
         manifest = assembler.complete(made_by(tokenizer), job.identity(source))
     shutil.rmtree(work, ignore_errors=True)
     return manifest

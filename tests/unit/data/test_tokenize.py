@@ -34,7 +34,7 @@ from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenize_job import TokenizeJob
 from quadriga.data.tokenize_run import TokenizeProgress, tokenize_into
 from quadriga.data.tokenizer import build_tokenizer
-from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault
+from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault, UserError
 
 SHARD_TOKENS = 12_000
 DRIVER = """
@@ -63,8 +63,16 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def start(source: Path, out: Path, *more: str, **options) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", DRIVER, *arguments(source, out, *more)]
+SLOW = """
+import time
+from quadriga.data.tokenize_shards import Assembler
+add = Assembler.add
+Assembler.add = lambda self, piece: (time.sleep(0.1), add(self, piece))
+"""  # before DRIVER: pieces are put together so slowly that a signal comes in time on any machine
+
+
+def start(source: Path, out: Path, *more: str, before: str = "", **options) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", before + DRIVER, *arguments(source, out, *more)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -134,7 +142,7 @@ def test_the_bytes_are_the_same_after_kills(source, expected, tmp_path):
 
 def test_an_interrupt_leaves_what_the_same_command_continues(source, expected, tmp_path):
     out = tmp_path / "out"
-    process = start(source, out, "--workers", "1")
+    process = start(source, out, "--workers", "1", before=SLOW)
     while not list((out / WORK).glob("*.piece")) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
@@ -379,6 +387,21 @@ def test_what_does_not_exist_is_named_by_its_argument(source, tmp_path, capsys):
     shown = refusal(capsys, *arguments(tmp_path / "mixed", tmp_path / "out"))
     assert "has files of several kinds: text, jsonl" in shown
     assert "these are token ids already" in refusal(capsys, *arguments(source, tmp_path / "out", "--dataset", "tokens"))
+
+
+def test_a_file_that_changes_during_the_job_is_refused(tmp_path, capsys, small_pieces):
+    """It has the same size, so nothing else would say that the shards have old and new lines."""
+    source, out = write_lines(tmp_path / "source", files=2), tmp_path / "out"
+    job = TokenizeJob("jsonl", str(source), "builtin:bytes")
+
+    def change(progress: TokenizeProgress) -> None:
+        if progress.source_bytes:
+            (source / "00.jsonl").write_bytes((source / "00.jsonl").read_bytes().replace(b"line", b"LINE"))
+
+    with pytest.raises(UserError, match="was changed while it was tokenized"):
+        tokenize_into(out, job, 1, os.environ, change)
+    assert not (out / "manifest.json").exists()
+    assert "a file of the source was changed" in refusal(capsys, *arguments(source, out))
 
 
 def test_shards_are_not_written_into_their_source(source, tmp_path, capsys):

@@ -13,7 +13,7 @@ from tokenizer_folders import write_folder
 from tokenizers import models, pre_tokenizers, trainers
 
 from quadriga.cli.main import main
-from quadriga.data import tokenizer_fast
+from quadriga.data import tokenize_job, tokenizer_fast
 from quadriga.data.pieces import cut_pieces
 from quadriga.data.shards import read_manifest
 from quadriga.data.tokenize_job import TokenizeJob
@@ -170,11 +170,10 @@ def test_a_library_that_is_absent_or_cannot_read_the_tokenizer(tmp_path, lines, 
 def test_another_library_does_not_continue_a_job(tmp_path, folder, lines, capsys, monkeypatch):
     out = tmp_path / "out"
     (out / ".tokenize").mkdir(parents=True)
-    from quadriga.data import tokenize_job
-
     job = TokenizeJob("jsonl", str(lines), str(folder))
     source, tokenizer = job.open()
     tokenize_job.prepare_folder(out, job, source, tokenizer).close()
+    tokenize_job.piece_path(out / ".tokenize", 0).touch()
     monkeypatch.setattr(tokenizer_fast, "hard_texts", lambda added: ["a"])
     shown = refusal(capsys, "tokenize", str(lines), str(out), "--tokenizer", str(folder), "--library", "fastokens")
     assert "library was tokenizers, and is fastokens 0." in shown
