@@ -99,7 +99,7 @@ class MixtureData:
             files, order = self.tokens[source.title]
             read += f", {windows / order.count:.3g} epochs"
             place += f", {plural(len(files.files), 'file')}, {plural(files.length, 'id')}"
-        asked = [f"{value:,.15g} {name} asked for" for name, value in source.amounts.items() if name != "weight"]
+        asked = [f"{value:,} {name} asked for" for name, value in source.amounts.items() if name != "weight"]
         return f"{source.title}: {self._shares(index, steps)} {', '.join([read, *asked])}; {place}"
 
     def _shares(self, index: int, steps: int) -> str:

@@ -81,6 +81,7 @@ def test_chunks_of_a_plan() -> None:
     assert scaling.chunks_of_plan(run, 16384) < 3 * 16384 * 291
 
 
+@pytest.mark.more
 def test_data_speed_measures_every_figure(tmp_path: Path) -> None:
     """Two ranks for a second, 100 shards, and little text. The speeds are those of a loaded machine."""
     figures = data_speed.measured(tmp_path, quick=True)
