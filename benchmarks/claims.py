@@ -246,6 +246,54 @@ def speed_ratio_text(name: str, shape: str, ranks: int) -> Callable[[], str]:
     return shown
 
 
+# --- data ------------------------------------------------------------------------------------------------------------
+
+NOT_RECORDED = "not recorded yet"
+
+
+def data_recorded() -> bool:
+    return (RESULTS / "data_speed.json").exists()
+
+
+def data_ratio(way: str) -> str:
+    return f"{next(row['ratio'] for row in result_figures('data_speed')['text'] if row['what'] == way):.2f}"
+
+
+def data_wait(kind: str) -> str:
+    return f"{100 * result_figures('data_speed')['wait'][kind]['share']:.2f} %"
+
+
+def token_file_speed() -> float:
+    return result_figures("data_speed")["token_files"]["tokens_per_second"]
+
+
+def data_figure(read: Callable[[], str], target: str | None = None) -> Callable[[], str]:
+    """A figure of `data_speed`, and whether it missed its target, a name of its `met`."""
+
+    def shown() -> str:
+        if not data_recorded():
+            return NOT_RECORDED
+        missed = target is not None and not result_figures("data_speed")["met"][target]
+        return f"{'**missed**: ' if missed else ''}{read()}"
+
+    return shown
+
+
+def data_shards(key: str) -> float:
+    return result_figures("data_speed")["shards"][key]
+
+
+def data_table() -> Iterator[str]:
+    yield "| text | tokens/s | ratio to the library | seconds of its start |"
+    yield "|---|---|---|---|"
+    if not data_recorded():
+        yield f"| {NOT_RECORDED} | | | |"
+        return
+    for row in result_figures("data_speed")["text"]:
+        start = f"{row['seconds_of_start']:.1f}" if row["seconds_of_start"] else ""
+        yield f"| {row['what']} | {row['tokens_per_second']:,.0f} | {row['ratio']:.2f} | {start} |"
+
+
 def startup_answer(position: int, key: str) -> str:
     return f"{result_figures('startup')['answers'][position][key]:.2f} s"
 
@@ -377,6 +425,18 @@ FIGURES: dict[str, Callable[[], str]] = {
     ),
     "bench compute": lambda: " and ".join(bench_part_seconds("unlike", "compute_s", run) for run in (0, 1)),
     "bench losses": lambda: f"{bench_figures('unlike')['largest_difference_of_losses']['value']:.1e}",
+    "tokenize ratio": data_figure(lambda: data_ratio("tokenize"), "tokenize"),
+    "fastokens ratio": data_figure(lambda: data_ratio("tokenize, fastokens")),
+    "token file speed": data_figure(
+        lambda: f"{result_figures('data_speed')['token_files']['tokens_per_second'] / 1e6:.0f} M tokens/s",
+        "token files",
+    ),
+    "wait of text": data_figure(lambda: data_wait("text"), "wait of text"),
+    "wait of token files": data_figure(lambda: data_wait("token files"), "wait of token files"),
+    "shards opened": data_figure(lambda: f"{data_shards('opened'):.2f} s", "seconds to open"),
+    "far step": data_figure(lambda: f"{data_shards('reached'):.2f} s", "seconds to the step"),
+    "shards memory": data_figure(lambda: f"{data_shards('memory') / 1e9:.2f} GB", "bytes of memory"),
+    "shards files": data_figure(lambda: f"{data_shards('files'):.0f} files", "files open"),
     "alike interval": lambda: slower_interval(bench_figures("alike")["ratio_of_step_times"]["interval"], of_speed=True),
 }
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
@@ -390,6 +450,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "other systems": other_systems_table,
     "constants": constants_table,
     "step time": step_time_table,
+    "data speed": data_table,
 }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from quadriga.cli.arguments import Parser, count
 from quadriga.cli.progress import format_time_left, progress_shown
 from quadriga.cli.sources import add_text_arguments, arguments_in_messages, data_named, text_keys
+from quadriga.config.assets import TOKENIZER_LIBRARIES
 from quadriga.config.schema import TOKENS
 from quadriga.errors import EXIT_OK, Problem, UserError, printable
 from quadriga.units import format_count, format_seconds, plural
@@ -44,21 +45,31 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--on-bad-record", choices=("stop", "skip"), default="stop", help="what a record that cannot be read does"
     )
+    parser.add_argument(
+        "--library",
+        choices=TOKENIZER_LIBRARIES,
+        default=TOKENIZER_LIBRARIES[0],
+        help="what encodes; fastokens is faster, and is refused if its ids differ",
+    )
     chosen = parser.parse_args(argv)
+    from quadriga.data.shards import MANIFEST, read_manifest
     from quadriga.data.tokenize_job import CONTINUE, TokenizeJob
     from quadriga.data.tokenize_run import tokenize_into
     from quadriga.launch.environment import usable_cores
     from quadriga.launch.supervisor import python_path
 
-    if chosen.dataset == TOKENS:
-        raise UserError(Problem("--dataset", "these are token ids already", TOKENS, fix="train on them as they are"))
+    folder = Path(chosen.source).expanduser()
+    shards = (folder / MANIFEST).is_file() and read_manifest(folder) is not None
+    if chosen.dataset == TOKENS or shards:
+        where, value = ("SOURCE", chosen.source) if shards else ("--dataset", TOKENS)
+        raise UserError(Problem(where, "these are token ids already", value, fix="train on them as they are"))
     environ = {**os.environ, "PYTHONPATH": python_path(os.environ), "PYTHONSAFEPATH": "1"}
     started = time.monotonic()
     with arguments_in_messages():
         dataset, path = data_named(chosen.source, chosen.dataset, lambda name: name != TOKENS)
         keys = text_keys(dataset, path, chosen)
         skip = chosen.on_bad_record == "skip"
-        job = TokenizeJob(keys, chosen.tokenizer, skip, chosen.shard_tokens)
+        job = TokenizeJob(keys, chosen.tokenizer, skip, chosen.shard_tokens, chosen.library)
         try:
             with progress_shown("tokenize") as shown:
 

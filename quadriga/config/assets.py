@@ -24,6 +24,7 @@ from quadriga.file_search import files_below, files_matching
 from quadriga.reading import file_kind, read_bytes
 
 BUILTIN_TOKENIZER = "builtin:bytes"
+TOKENIZER_LIBRARIES = ("tokenizers", "fastokens")  # what can encode with a tokenizer.json; the first is the default
 TEST_SET = "c4_test"  # of torchtitan; it is read as another data set (`titan_datasets`)
 BYTES_VOCAB = 258  # 256 bytes, and the tokens for the begin and the end of a document
 TIKTOKEN_SPECIALS = 256  # special tokens of Llama 3, in addition to the ranks of its tokenizer.model

@@ -118,10 +118,10 @@ class _Period:
         self.order = read[order_of_a_period([parts[source] for source in read])]
         sources = len(parts)
         self.per_period = np.bincount(self.order, minlength=sources).astype(np.int64)
+        by_source = np.argsort(self.order, kind="stable")
+        firsts = np.cumsum(self.per_period) - self.per_period  # of each source, in `by_source`
         self.numbers = np.empty(len(self.order), np.int64)  # of the windows of a source within the period
-        for source in read:
-            places = self.order == source
-            self.numbers[places] = np.arange(np.count_nonzero(places))
+        self.numbers[by_source] = np.arange(len(self.order)) - np.repeat(firsts, self.per_period)
 
     def slots(self, slots: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """The source of each slot of the stage, and the number of its window since the stage began."""

@@ -5,10 +5,12 @@ How a source is cut into pieces depends on the source alone. A file has a header
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +25,9 @@ from quadriga.data.tokenizer import Tokenizer
 from quadriga.errors import Problem, UserError
 from quadriga.units import grouped
 
-PIECE_BYTES = 1 << 24  # of the source: some seconds of work
+PIECE_BYTES = 1 << 22  # of the source: about a second of work
+LEAST_PIECE_BYTES = 1 << 16
+LEAST_PIECES = 64  # of a smaller source, if it can be cut into so many, so that all processes end at about one time
 GROUP_CHARACTERS = 1 << 18  # tokenized in one call
 DOCUMENT_OVERHEAD = 64  # characters that are counted per document in addition
 MOST_LISTED = 10  # bad records whose locations are reported, of one piece
@@ -70,9 +74,17 @@ class _Progress:
 
 
 def cut_pieces(source: Source) -> list[range]:
-    """The shards of each piece: as many as have PIECE_BYTES, at least one."""
-    groups = grouped(range(source.shards), source.bytes_of, PIECE_BYTES)
+    """The shards of each piece: as many as have PIECE_BYTES, at least one. Of a small source as many as have
+    1 / LEAST_PIECES of its bytes."""
+    share = sum(map(source.bytes_of, range(source.shards))) // LEAST_PIECES
+    groups = grouped(range(source.shards), source.bytes_of, min(max(share, LEAST_PIECE_BYTES), PIECE_BYTES))
     return [range(group[0], group[-1] + 1) for group in groups]
+
+
+def cut_digest(source: Source, pieces: Sequence[range]) -> str:
+    """Identifies how a source is cut: pieces of different cuts must not be put together."""
+    cut = repr((source.layout(), [(piece.start, piece.stop) for piece in pieces]))
+    return hashlib.blake2b(cut.encode(), digest_size=8).hexdigest()
 
 
 def write_piece(
@@ -93,20 +105,27 @@ def write_piece(
     """
     found, temporary = _Progress(), path.with_suffix(f".{os.getpid()}.part")
     documents = _documents(source, shards, skip_bad, found)
-    with temporary.open("wb") as file:
-        file.write(bytes(HEADER.size))
-        for group in grouped(documents, lambda each: len(each.text) + DOCUMENT_OVERHEAD, GROUP_CHARACTERS):
-            for document, (ids, _) in zip(group, encode_documents(group, tokenizer), strict=True):
+    try:
+        with temporary.open("wb") as file:
+            file.write(bytes(HEADER.size))
+            for group in grouped(documents, lambda each: len(each.text) + DOCUMENT_OVERHEAD, GROUP_CHARACTERS):
+                encoded = [ids for ids, _ in encode_documents(group, tokenizer)]
+                ids = np.concatenate(encoded)
                 _require_in_vocabulary(ids, tokenizer)
                 file.write(ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
-                found.add(document, len(ids))
-            report(found.ids)
-        file.write(np.frombuffer(found.ends, np.int64).astype("<i8").tobytes() if found.ends else b"")
-        header = PieceHeader(found.ids, len(found.ends), found.bad, found.first, found.unfinished)
-        file.seek(0)
-        file.write(HEADER.pack(MAGIC, *vars(header).values()))
-        sync(file)
-    temporary.replace(path)
+                for document, its_ids in zip(group, encoded, strict=True):
+                    found.add(document, len(its_ids))
+                report(found.ids)
+            file.write(np.frombuffer(found.ends, np.int64).astype("<i8").tobytes() if found.ends else b"")
+            header = PieceHeader(found.ids, len(found.ends), found.bad, found.first, found.unfinished)
+            file.seek(0)
+            file.write(HEADER.pack(MAGIC, *vars(header).values()))
+            sync(file)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()  # on a full disk, its space may be what is missing
+        raise
     return header, found.listed
 
 

@@ -25,7 +25,15 @@ from typing import Any, BinaryIO
 from quadriga.data.pieces import Piece, cut_pieces
 from quadriga.data.shards import ShardManifest, dtype_for
 from quadriga.data.sources import Source
-from quadriga.data.tokenize_job import CONTINUE, TokenizeJob, made_by, piece_path, prepare_folder, unwritable
+from quadriga.data.tokenize_job import (
+    CONTINUE,
+    TokenizeJob,
+    made_by,
+    piece_path,
+    prepare_folder,
+    require_unchanged,
+    unwritable,
+)
 from quadriga.data.tokenize_shards import Assembler
 from quadriga.data.tokenizer import Tokenizer
 from quadriga.data.unfinished import WORK
@@ -33,6 +41,7 @@ from quadriga.errors import Fault, Problem, UserError
 
 REFRESH_SECONDS = 0.5
 EXIT_SECONDS = 10.0
+ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # of each process, in the libraries
 
 
 @dataclass
@@ -68,7 +77,7 @@ def tokenize_into(
             something else. What is complete is kept.
         Fault: a process was killed, or the network failed.
     """
-    source, tokenizer = job.open()
+    source, tokenizer = job.open(compare=True)
     try:
         ready = prepare_folder(out, job, source, tokenizer)
         if isinstance(ready, ShardManifest):
@@ -109,6 +118,7 @@ def _run(
             complete.add(number)
             while assembler.piece in complete:
                 assembler.add(Piece(piece_path(work, assembler.piece), dtype))
+        require_unchanged(source, out)
         manifest = assembler.complete(made_by(tokenizer), job.identity(source))
     shutil.rmtree(work, ignore_errors=True)
     return manifest
@@ -174,7 +184,7 @@ class _Workers:
         self._failed = threading.Event()
         # Not in the group of the terminal: Ctrl-C ends this process, and the pipe that it closes ends the others.
         self._processes = [
-            subprocess.Popen(command, env=environ, start_new_session=True, **pipes)  # type: ignore[call-overload]
+            subprocess.Popen(command, env={**environ, **ONE_THREAD}, start_new_session=True, **pipes)  # type: ignore[call-overload]
             for _ in range(count)
         ]
         self._order, self._threads = json.dumps(order), list[threading.Thread]()

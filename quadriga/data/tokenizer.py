@@ -130,6 +130,15 @@ class JsonTokenizer:
             self.earlier = copy.copy(self)
             self.earlier._set_special_ids(digest, earlier, eos)
 
+    def as_json(self) -> str:
+        """The content of a `tokenizer.json` of this tokenizer."""
+        return str(self._tokenizer.to_str())
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """The tokens that are found in a text before it is split, and the special ones, which are not."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+
     def _set_special_ids(self, digest: str, bos: int | None, eos: int | None) -> None:
         self.bos_id, self.eos_id = bos, eos
         self.fingerprint = f"json:{digest}:{bos}:{eos}"

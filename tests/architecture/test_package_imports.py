@@ -94,6 +94,7 @@ LAZY_FILES = {"models/registry.py", "__init__.py", "train/build.py", "train/__ma
 LAZY_READERS = {"datasets", "pyarrow", "pyarrow.parquet", "tiktoken", "wandb", "tiktoken.load", "huggingface_hub"}
 LAZY_READERS |= {"jinja2"}  # documents alone need it, and `--help` is in the same modules
 LAZY_READERS |= {"torchao.float8", "torchao.float8.float8_linear"}  # optional, and asked for by one converter alone
+LAZY_READERS |= {"fastokens"}  # optional, and asked for by `quadriga tokenize --library` alone
 LAZY_READERS |= {"triton", "triton.language"}  # which only builds of torch for CUDA bring along
 LAZY_READERS |= {
     "tensorboard.compat.proto",

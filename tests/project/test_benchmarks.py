@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import cpu_table  # noqa: E402 (found by the line above)
+import claims  # noqa: E402 (found by the line above)
+import cpu_table  # noqa: E402
+import data_speed  # noqa: E402
 import scaling  # noqa: E402
 from paired import estimate_median, is_precise  # noqa: E402
 
@@ -76,3 +79,31 @@ def test_chunks_of_a_plan() -> None:
     assert scaling.chunks_of_plan(run, 64) == 3 * 64 * 291
     assert limits.PLAN_CHUNKS > 3 * 64 * 291
     assert scaling.chunks_of_plan(run, 16384) < 3 * 16384 * 291
+
+
+@pytest.mark.more
+def test_data_speed_measures_every_figure(tmp_path: Path) -> None:
+    """Two ranks for a second, 100 shards, and little text. The speeds are those of a loaded machine."""
+    figures = data_speed.measured(tmp_path, quick=True)
+    json.dumps(figures)
+    values = data_speed.compared(figures)
+    assert set(values) == set(data_speed.TARGETS)
+    assert all(value > 0 for value in values.values())
+    assert {row["what"] for row in figures["text"]} >= {"library", "loader", "tokenize", "tokenize, fastokens"}
+    assert figures["shards"]["ids"] == 100 * data_speed.SHARD_IDS
+    assert figures["shards"]["files"] == 100
+    assert figures["shards"]["memory"] > 50 << 20
+    assert len(figures["wait"]["text"]["shares"]) == 2
+    assert all(0 < share < 1 for wait in figures["wait"].values() for share in wait["shares"])
+
+
+def test_a_figure_of_data_that_missed_its_target_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"met": {"wait of text": False, "wait of token files": True}}
+    figures["wait"] = {"text": {"share": 0.02}, "token files": {"share": 0.0002}}
+    monkeypatch.setattr(claims, "data_recorded", lambda: True)
+    monkeypatch.setattr(claims, "result_figures", lambda name: figures)
+    assert claims.FIGURES["wait of text"]() == "**missed**: 2.00 %"
+    assert claims.FIGURES["wait of token files"]() == "0.02 %"
+    assert data_speed.is_met("tokenize", 0.9)
+    assert not data_speed.is_met("tokenize", 0.89)
+    assert not data_speed.is_met("wait of text", 0.011)

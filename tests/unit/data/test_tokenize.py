@@ -26,7 +26,7 @@ from tokenizer_folders import byte_level, write_folder
 from quadriga.cli.main import main
 from quadriga.cli.tokenize import format_progress
 from quadriga.config.schema import Dataloader, TextKeys, TokenKeys
-from quadriga.data import pieces, streams
+from quadriga.data import pieces
 from quadriga.data.loader import build_loader
 from quadriga.data.shards import dtype_for, read_manifest
 from quadriga.data.token_files import open_token_files
@@ -35,7 +35,7 @@ from quadriga.data.tokenize_job import TokenizeJob
 from quadriga.data.tokenize_run import TokenizeProgress, tokenize_into
 from quadriga.data.tokenizer import Tokenizer, build_tokenizer
 from quadriga.data.unfinished import WORK
-from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault
+from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault, UserError
 
 SHARD_TOKENS = 12_000
 DRIVER = """
@@ -64,8 +64,16 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def start(source: Path, out: Path, *more: str, **options) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", DRIVER, *arguments(source, out, *more)]
+SLOW = """
+import time
+from quadriga.data.tokenize_shards import Assembler
+add = Assembler.add
+Assembler.add = lambda self, piece: (time.sleep(0.1), add(self, piece))
+"""  # before DRIVER: pieces are put together so slowly that a signal comes in time on any machine
+
+
+def start(source: Path, out: Path, *more: str, before: str = "", **options) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", before + DRIVER, *arguments(source, out, *more)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -135,7 +143,7 @@ def test_the_bytes_are_the_same_after_kills(source, expected, tmp_path):
 
 def test_an_interrupt_leaves_what_the_same_command_continues(source, expected, tmp_path):
     out = tmp_path / "out"
-    process = start(source, out, "--workers", "1")
+    process = start(source, out, "--workers", "1", before=SLOW)
     while not list((out / WORK).glob("*.piece")) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
@@ -278,6 +286,31 @@ def test_bad_records_stop_or_are_skipped_and_counted(tmp_path, small_pieces, cap
     assert read_manifest(tmp_path / "skipped").bad_records == 3
 
 
+def test_a_job_that_met_a_bad_record_goes_on_with_skip(tmp_path, small_pieces):
+    """The pieces before the bad record are kept, and the result is that of a job that skips from its start on."""
+    source = write_lines(tmp_path / "source", files=4)
+    with (source / "03.jsonl").open("a") as file:
+        file.write('{"text": 7}\n')
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert main(arguments(source, out, "--workers", "1")) == EXIT_USAGE
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.bin")}
+    assert kept
+    assert main(arguments(source, out, "--on-bad-record", "skip")) == EXIT_OK
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert main(arguments(source, whole, "--on-bad-record", "skip")) == EXIT_OK
+    assert content(out) == content(whole)
+    assert read_manifest(out).bad_records == 1
+
+
+def test_a_job_without_a_complete_piece_begins_anew_with_other_arguments(tmp_path, capsys):
+    """The remedy of the message works in the same folder."""
+    source, out = write_lines(tmp_path / "source", files=1), tmp_path / "out"
+    shown = refusal(capsys, *arguments(source, out, "--field", "txt"))
+    assert "set --field to the field that holds the documents, here perhaps text" in shown
+    assert not list(out.glob(f"{WORK}/*.[0-9]*"))  # no part of a piece is left
+    assert main(arguments(source, out, "--field", "text")) == EXIT_OK
+
+
 def test_a_document_whose_end_is_bad_ends_where_the_next_one_begins(tmp_path, small_pieces):
     """Its last part is skipped, and nothing says that it has ended. Training gives it no EOS either."""
     good = b"x" * 99 + b"\n"
@@ -325,6 +358,7 @@ def test_an_unfinished_job_is_continued_only_as_it_was(source, tmp_path, capsys)
     process.communicate()
     shown = refusal(capsys, *arguments(source, out, "--shard-tokens", "5"))
     assert "shard_tokens was 12000, and is 5" in shown
+    assert "which cuts the source at other places" in refusal(capsys, *arguments(source, out))  # PIECE_BYTES differs
     shown = refusal(capsys, "dry-run", str(corpora_config(tmp_path, out)), "--ngpu", "1")
     assert "are not complete" in shown
     later = time.time_ns() + 10**9
@@ -354,6 +388,32 @@ def test_what_does_not_exist_is_named_by_its_argument(source, tmp_path, capsys):
     shown = refusal(capsys, *arguments(tmp_path / "mixed", tmp_path / "out"))
     assert "has files of several kinds: text, jsonl" in shown
     assert "these are token ids already" in refusal(capsys, *arguments(source, tmp_path / "out", "--dataset", "tokens"))
+
+
+def test_a_file_that_changes_during_the_job_is_refused(tmp_path, capsys, small_pieces):
+    """It has the same size, so nothing else would say that the shards have old and new lines."""
+    source, out = write_lines(tmp_path / "source", files=2), tmp_path / "out"
+    job = TokenizeJob("jsonl", str(source), "builtin:bytes")
+
+    def change(progress: TokenizeProgress) -> None:
+        if progress.source_bytes:
+            (source / "00.jsonl").write_bytes((source / "00.jsonl").read_bytes().replace(b"line", b"LINE"))
+
+    with pytest.raises(UserError, match="was changed while it was tokenized"):
+        tokenize_into(out, job, 1, os.environ, change)
+    assert not (out / "manifest.json").exists()
+    assert "a file of the source was changed" in refusal(capsys, *arguments(source, out))
+
+
+def test_shards_are_not_written_into_their_source(source, tmp_path, capsys):
+    """Their manifest would be one of its files."""
+    shown = refusal(capsys, *arguments(source, source / "shards"))
+    assert "is in the source" in shown
+    assert not (source / "shards").exists()
+    assert main(arguments(source, tmp_path / "out")) == EXIT_OK
+    shown = refusal(capsys, *arguments(tmp_path / "out", tmp_path / "again"))
+    assert "SOURCE = " in shown
+    assert "these are token ids already" in shown
 
 
 def test_a_full_disk_is_one_message_and_the_job_continues(tmp_path):
