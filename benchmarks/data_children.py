@@ -18,7 +18,7 @@ from typing import Any
 
 import common  # noqa: F401 (finds the package)
 
-from quadriga.config.schema import Dataloader, TokenKeys
+from quadriga.config.schema import Dataloader, TextKeys, TokenKeys
 from quadriga.data.loader import Loader, build_loader
 from quadriga.data.token_loader import TokenLoader, build_token_loader
 from quadriga.data.tokenizer import build_tokenizer
@@ -35,7 +35,7 @@ def open_loader(data: str, assets: str, rows: range, global_batch_size: int) -> 
     if os.sep in data:
         keys = TokenKeys("training", data, "raw" if Path(data).is_file() else "llmc", "uint16", None, None)
         return build_token_loader(keys, 1 << 16, dataloader=Dataloader(), **order)
-    return build_loader(data, None, build_tokenizer(assets), dataloader=Dataloader(), **order)
+    return build_loader(TextKeys(data), build_tokenizer(assets), dataloader=Dataloader(), **order)
 
 
 def consume(loader: Loader, seconds: float) -> dict[str, float]:

@@ -108,8 +108,8 @@ def prepare_folder(out: Path, job: TokenizeJob, source: Source, tokenizer: Token
     """
     identity, maker = job.identity(source), made_by(tokenizer)
     work = out / WORK
-    if job.path is not None and out.resolve().is_relative_to(Path(job.path).expanduser().resolve()):
-        what = f"is in the source, {shortened(job.path, 200)}, so the shards would be files of the source"
+    if job.keys.path is not None and out.resolve().is_relative_to(Path(job.keys.path).expanduser().resolve()):
+        what = f"is in the source, {shortened(job.keys.path, 200)}, so the shards would be files of the source"
         raise UserError(Problem("OUT", what, str(out), fix="name a folder outside of the source"))
     if out.exists() and not out.is_dir():
         raise UserError(Problem("OUT", "is not a folder", str(out)))
