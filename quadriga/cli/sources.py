@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from quadriga.cli.arguments import Parser
-from quadriga.config.assets import DATASETS, REMOTE, data_files, dataset_problem, is_url
+from quadriga.config.assets import DATASETS, REMOTE, data_files, dataset_problem, is_remote
 from quadriga.config.schema import TEXT_FIELD, TOKENS, TextKeys
 from quadriga.errors import Problem, UserError, shortened
 
@@ -81,7 +81,7 @@ def _recognized(source: str, kinds: Callable[[str], bool]) -> str:
     """The one data set that reads files at this path, by their names."""
     named = [name for name, kind in DATASETS.items() if kind.path == "needed" and kinds(name)]
     found = [name for name in named if any(path.is_file() for path in data_files(name, source))]
-    if is_url(source):
+    if is_remote(source):
         found = [name for name in named if name in REMOTE and source.lower().endswith(DATASETS[name].suffixes)]
     elif not Path(source).expanduser().is_dir():  # a file that is named is read whatever its suffix is
         found = [name for name in found if _fits(name, source)]

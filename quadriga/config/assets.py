@@ -137,7 +137,7 @@ def _rank_count(content: bytes) -> int:
     return len(lines)
 
 
-def is_url(path: str) -> bool:
+def is_remote(path: str) -> bool:
     """Whether a path is that of another machine."""
     return "://" in path and not path.startswith("file://")
 
@@ -175,7 +175,7 @@ def dataset_problem(key: str, dataset: str, path: str | None, source: str | None
         return Problem(
             f"{key}, {key}_path", "this data set is read from files, and no path is given", dataset, source, fix=fix
         )
-    if path is not None and is_url(path) and dataset not in REMOTE:
+    if path is not None and is_remote(path) and dataset not in REMOTE:
         what = f"{dataset} is not read from a URL"
         advice = f"copy it to this machine first: quadriga data fetch {path} DIR" if needs == "needed" else None
         return Problem(f"{key}, {key}_path", what, f"{dataset}, {path}", source, ", ".join(REMOTE), fix=advice)
@@ -207,7 +207,7 @@ def _by_suffix(path: str | None) -> str | None:
 
 def missing_files(key: str, dataset: str, path: str, source: str | None) -> Problem | None:
     """A problem if there is nothing to read at `path`, else None. What is on other machines is not looked up."""
-    if is_url(path) or DATASETS[dataset].path == "repository" or data_files(dataset, path):
+    if is_remote(path) or DATASETS[dataset].path == "repository" or data_files(dataset, path):
         return None
     place = Path(local_path(path)).expanduser()
     if os.path.isdir(place):

@@ -65,7 +65,10 @@ class FileBytes(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Raises UserError if the file cannot be read."""
-        data = read_repeatedly(self._file, lambda: self._read(len(buffer)))
+        try:
+            data = self._read(len(buffer))
+        except OSError:
+            data = read_repeatedly(self._file, lambda: self._read(len(buffer)))
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -94,7 +97,7 @@ class FileBytes(io.RawIOBase):
         except UserError as error:
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, PERMANENT):
-                raise cause from None
+                raise OSError(cause.errno, cause.strerror or str(cause)) from error
             raise
 
     def _forget(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quadriga.config.assets import HUB, dataset_problem, is_url
+from quadriga.config.assets import HUB, dataset_problem, is_remote
 from quadriga.config.schema import TextKeys
 from quadriga.data.arrow_text import ArrowTextSource, arrow_files
 from quadriga.data.builtin import BuiltinSource
@@ -37,7 +37,7 @@ def open_source(keys: TextKeys, *, streams: int = 1) -> Source:
         return open_hub(keys, streams)
     if dataset == "arrow":
         return ArrowTextSource(arrow_files(keys), keys)
-    find = find_remote_files if is_url(path) else find_files
+    find = find_remote_files if is_remote(path) else find_files
     files = find(dataset, path, path_key)
     if dataset == "text":
         return TextSource(files, streams=streams)

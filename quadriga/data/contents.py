@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quadriga.data.sources import BadRecord, Document, Source
-from quadriga.data.streams import encode_documents
+from quadriga.data.streams import encode_documents, record_size
 from quadriga.data.token_files import TokenFiles
 from quadriga.data.tokenizer import Tokenizer
 from quadriga.errors import Problem, UserError
@@ -79,7 +79,7 @@ def _documents(source: Source, shard: int, characters: int | None, found: Conten
                 found.bad += 1
                 if len(found.problems) < MOST_PROBLEMS:
                     found.add_problems(error.problems)
-                read += record.size
+                read += record_size(record)
             else:
                 yield document
                 read += len(document.text)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from quadriga.config.assets import HUB, is_url, missing_files
+from quadriga.config.assets import HUB, is_remote, missing_files
 from quadriga.config.mixing import format_mixture
 from quadriga.config.run_spec import RunSpec
 from quadriga.config.schema import TOKENS, DataSource, Fetching, HeldOut, TextKeys, Training, Validation
@@ -82,7 +82,7 @@ def _survey(
 
 def _problems_of(section: DataSource | HeldOut, open_data: Callable[[], object]) -> list[Problem]:
     """What opening the local data of a section raises. Missing ones are reported elsewhere."""
-    if section.dataset_path is None or section.dataset == HUB or is_url(section.dataset_path):
+    if section.dataset_path is None or section.dataset == HUB or is_remote(section.dataset_path):
         return []
     if missing_files("", section.dataset, section.dataset_path, None):
         return []
@@ -197,7 +197,7 @@ def _changed_text(state: Mapping[str, Any], keys: TextKeys, spec: RunSpec) -> li
         here_or_there = hub_fingerprint(keys, "\0").split("\0")
         same = parts["dataset"].startswith(here_or_there[0]) and parts["dataset"].endswith(here_or_there[1])
         dataset = parts["dataset"] if same else keys.dataset
-    elif keys.path is not None and is_url(keys.path):
+    elif keys.path is not None and is_remote(keys.path):
         dataset = parts["dataset"] if parts["dataset"].startswith(f"{keys.dataset}:") else keys.dataset
     elif keys.path is None:
         kind = "hub" if keys.dataset in C4_SPLITS else "builtin"

@@ -82,6 +82,7 @@ class JsonlSource(ByteRangeSource):
 
     def __init__(self, files: Sequence[File], keys: TextKeys, *, streams: int = 1) -> None:
         self.keys, self.template = keys, template_of(keys)
+        self._field = self.template.names[0] if self.template.is_one_field else None
         super().__init__("jsonl", files, keys, streams, LEAST_RANGE, MOST_RANGE)
 
     def anchor(self, shard: int) -> Anchor | None:
@@ -116,14 +117,18 @@ class JsonlSource(ByteRangeSource):
             line = line.removeprefix(BYTE_ORDER_MARK)
         try:
             value = json.loads(line.decode("utf-8"))
-            texts = [value[name] for name in self.template.names]
-            if len(texts) == 1 or sum(map(len, texts)) <= limits.DOCUMENT_BYTES:
-                text, prompt = self.template.join(texts)
-                if text.isascii() or _has_no_surrogate(text):
-                    return Document(text, prompt=prompt)
+            text, prompt = self._joined(value) if self._field is None else (value[self._field], 0)
+            if isinstance(text, str) and (text.isascii() or _has_no_surrogate(text)):
+                return Document(text, prompt=prompt)
         except (ValueError, RecursionError, LookupError, TypeError):
             pass  # diagnosed below, so that valid lines do not pay for it
         return self._diagnose(record, line)
+
+    def _joined(self, value: Any) -> tuple[str | None, int]:
+        """The document of several fields, and the characters of its prompt; None if they are too long together. Raises
+        TypeError or LookupError."""
+        texts = [value[name] for name in self.template.names]
+        return self.template.join(texts) if sum(map(len, texts)) <= limits.DOCUMENT_BYTES else (None, 0)
 
     def _diagnose(self, record: Record, line: bytes) -> Document:
         """The document of a line that `parse` could not read directly. Raises BadRecord with the reason, or UserError.

@@ -97,12 +97,6 @@ class Record(NamedTuple):
     begins: bool = True
     ends: bool = True
 
-    @property
-    def size(self) -> int:
-        """Bytes or characters."""
-        cells = self.data if isinstance(self.data, tuple) else (self.data,)
-        return sum(len(cell) for cell in cells if isinstance(cell, str | bytes))
-
 
 class BadRecord(UserError):
     """One unreadable record in a readable file: `training.dataloader.on_bad_record` can skip it.

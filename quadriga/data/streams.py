@@ -250,12 +250,18 @@ def _blocks(
     characters = 0
     for record in records:
         block.append(record)
-        characters += record.size
+        characters += record_size(record)
         if len(block) == BLOCK_RECORDS or characters >= BLOCK_CHARACTERS:
             yield block, (number, first, len(block))
             number, first, block, characters = number + 1, first + len(block), [], 0
     if block:
         yield block, (number, first, len(block))
+
+
+def record_size(record: Record) -> int:
+    """Bytes or characters."""
+    cells = record.data if isinstance(record.data, tuple) else (record.data,)
+    return sum(len(cell) for cell in cells if isinstance(cell, str | bytes))
 
 
 @functools.lru_cache(maxsize=4)

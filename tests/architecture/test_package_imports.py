@@ -75,6 +75,7 @@ ONLY_FROM: dict[tuple[str, str], tuple[str, ...]] = {
         "quadriga.config.assets",
         "quadriga.config.mixing",
         "quadriga.config.special_tokens",
+        "quadriga.config.templates",
         "quadriga.config.tokenizer_files",
     ),
     ("launch", "data"): ("quadriga.data.tokenizer", "quadriga.data.data_check"),

@@ -315,7 +315,7 @@ WRONG = [
     Wrong(
         "unknown data",
         '[training]\ndataset = "buildin"',
-        ("training.dataset = buildin", "[run.toml, line 2]", "allowed: builtin, ", "did you mean: builtin"),
+        ("training.dataset = buildin", "[run.toml, line 2]", "allowed: arrow, builtin, ", "did you mean: builtin"),
     ),
     Wrong(
         "unknown data whose nearest name is torchtitan's",

@@ -100,7 +100,7 @@ def test_a_failed_read_is_repeated_and_then_stops_the_run(store, tmp_path, monke
 
     monkeypatch.setattr(byte_files, "read_remote", fail)
     source = open_source(keys)
-    fails[0] = 2
+    fails[0] = 3
     with caplog.at_level(logging.WARNING, logger="quadriga"):
         assert [source.parse(record).text for record in source.read(0)] == TEXTS
     assert caplog.text.count("trying again") == 2
@@ -121,7 +121,7 @@ def test_failed_reads_of_local_files_are_repeated_too(tmp_path, monkeypatch, cap
         pq.write_table(pa.table({"text": TEXTS}), tmp_path / name)
     source = open_source(TextKeys({"a.txt.zst": "text"}.get(name, name[2:]), str(tmp_path / name)))
     expected = [source.parse(record).text for record in source.read(0)]
-    real, fails = byte_files.opened, [2]
+    real, fails = byte_files.opened, [3]
 
     def opened(*given, **options):
         if fails[0]:

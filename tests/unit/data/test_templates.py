@@ -14,6 +14,7 @@ from quadriga.config.schema import TextKeys, Training
 from quadriga.config.templates import parse_template
 from quadriga.data.catalogue import open_source
 from quadriga.data.sources import BadRecord
+from quadriga.data.streams import record_size
 from quadriga.errors import UserError
 
 TEMPLATE = "# {title}\n{{{text}}}\n"
@@ -107,7 +108,7 @@ def test_a_row_with_a_null_is_bad_and_a_column_of_another_type_is_refused(tmp_pa
     source = open_source(TextKeys("parquet", path, template="{t}{t}"))
     good, bad = source.read(0)
     assert source.parse(good).text == "aa"
-    assert good.size == 2
+    assert record_size(good) == 2
     with pytest.raises(BadRecord, match="`t` is null"):
         source.parse(bad)
     with pytest.raises(UserError, match="the column `n` is of type int64") as caught:
