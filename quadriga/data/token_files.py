@@ -77,14 +77,12 @@ class TokenFiles:
         pieces = [_checked(self._parts[index], first, last) for index, first, last in self._split(start, stop)]
         return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, np.empty(0, np.int64)])
 
-    def documents(self, start: int, stop: int, ids: npt.NDArray[np.int64] | None = None) -> tuple[tuple[int, int], ...]:
+    def documents(self, start: int, stop: int, ids: Ids | None = None) -> tuple[tuple[int, int], ...]:
         """The documents that ids [start, stop) are from, in order, as (index of the file, number in the file).
-
-        ids: these ids, if the caller has read them. They are read otherwise, where `eos_id` separates documents.
 
         The number is that of the index: of the document for Megatron, and of the row for lists of ids. Where `eos_id`
         separates documents, none has a number without reading the file from its start. The number is then the position
-        in the file of the document's first id within [start, stop). Empty if nothing separates documents.
+        in the file of the document's first id within [start, stop). Empty if nothing separates documents. `ids`: if they are read already.
 
         Raises:
             ValueError, UserError: as `read`, or an index is damaged.
@@ -92,7 +90,7 @@ class TokenFiles:
         found: list[tuple[int, int]] = []
         for index, first, last in self._split(start, stop):
             here = None if ids is None else ids[self._starts[index] + first - start :][: last - first]
-            found += [(index, number) for number in self._documents(index, first, last, here).numbers.tolist()]
+            found += ((index, number) for number in self._documents(index, first, last, here).numbers.tolist())
         return tuple(found)
 
     def borders(self, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -119,8 +117,7 @@ class TokenFiles:
         """
         found: list[tuple[tuple[int, int] | None, int, int]] = []
         for index, first, last in self._split(start, stop):
-            numbers, ends = self._documents(index, first, last)
-            base = self._starts[index]
+            (numbers, ends), base = self._documents(index, first, last), self._starts[index]
             edges = [first, *ends[ends < last].tolist(), last]
             names: Sequence[tuple[int, int] | None] = [(index, number) for number in numbers.tolist()] or [None]
             found += [(name, base + edges[i], base + edges[i + 1]) for i, name in enumerate(names)]
