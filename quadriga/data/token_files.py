@@ -78,11 +78,11 @@ class TokenFiles:
         return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, np.empty(0, np.int64)])
 
     def documents(self, start: int, stop: int, ids: Ids | None = None) -> tuple[tuple[int, int], ...]:
-        """The documents that ids [start, stop) are from, in order, as (index of the file, number in the file).
+        """The documents of ids [start, stop), in order: index of the file, number in the file. `ids`: if read already.
 
         The number is that of the index: of the document for Megatron, and of the row for lists of ids. Where `eos_id`
         separates documents, none has a number without reading the file from its start. The number is then the position
-        in the file of the document's first id within [start, stop). Empty if nothing separates documents. `ids`: if they are read already.
+        in the file of the document's first id within [start, stop). Empty if nothing separates documents.
 
         Raises:
             ValueError, UserError: as `read`, or an index is damaged.
