@@ -135,8 +135,7 @@ class TokenFiles:
         """
         found: list[tuple[tuple[int, int] | None, int, int]] = []
         for index, first, last in self._split(start, stop):
-            numbers, ends = self._documents(index, first, last)
-            base = self._starts[index]
+            (numbers, ends), base = self._documents(index, first, last), self._starts[index]
             edges = [first, *ends[ends < last].tolist(), last]
             names: Sequence[tuple[int, int] | None] = [(index, number) for number in numbers.tolist()] or [None]
             found += [(name, base + edges[i], base + edges[i + 1]) for i, name in enumerate(names)]

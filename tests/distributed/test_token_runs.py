@@ -13,8 +13,12 @@ from ranks import RankError, run_ranks
 from training import DEBUG_FILE, TINY, largest_difference, one_rank, train
 
 from quadriga.checkpoint.folder import find_complete
+from quadriga.cli.arguments import run_from_file
+from quadriga.cli.main import main
+from quadriga.config.schema import Dataloader
+from quadriga.data.token_loader import build_token_loader
 from quadriga.errors import UserError
-from quadriga.metrics.documents import read_documents
+from quadriga.metrics.documents import format_documents, read_documents
 from quadriga.metrics.jsonl import read_metrics
 
 STEPS, KILLED = 8, 7
@@ -80,6 +84,32 @@ def test_a_killed_run_goes_on_with_other_ranks_as_if_nothing_had_been(tmp_path):
     assert not list(exported.glob("tokenizer*")), "the built-in tokenizer does not belong to the ids"
     config = json.loads((exported / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (None, EOS)
+
+
+@pytest.mark.more
+def test_a_killed_run_on_shards_goes_on_with_other_ranks(tmp_path):
+    """On shards of `quadriga tokenize`, killed on two ranks and resumed on one, compared with a loader alone."""
+    lines = [json.dumps({"text": f"{number} " * (1 + number % 30)}) for number in range(60)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    out = str(tmp_path / "ids")
+    how = ["--tokenizer", "builtin:bytes", "--shard-tokens", "900"]
+    assert main(["tokenize", str(tmp_path / "texts.jsonl"), out, *how]) == 0
+    assert len(list((tmp_path / "ids").glob("*.bin"))) > 2
+    argv = [*TINY, "--training.dataset=tokens", f"--training.dataset_path={out}", "--metrics.log_documents"]
+    argv += ["--checkpoint.enable", "--checkpoint.interval=2", f"--training.steps={STEPS}"]
+    folder = tmp_path / "run"
+    with pytest.raises(RankError):
+        run_ranks(killed_rank, 2, ["--job.config_file", DEBUG_FILE, f"--job.dump_folder={folder}", *argv], backend=None)
+    assert find_complete(folder / "checkpoint").step == KILLED - 1
+    resumed = train(folder, 1, *argv)
+    assert [record["attempt"] for record in resumed] == [1] * (KILLED - 1) + [2] * (STEPS - KILLED + 1)
+    run = run_from_file(str(folder / "config.toml"), 1)
+    order = {"seed": run.spec.seed, "seq_len": 32, "global_batch_size": 8, "rows": range(8)}
+    loader = build_token_loader(run.config.training.token_keys, 320, dataloader=Dataloader(), **order)
+    expected = {step: format_documents(loader.next().documents, 0) for step in range(1, STEPS + 1)}
+    loader.close()
+    logged = read_documents(folder)
+    assert {step: {str(row): names for row, names in rows.items()} for step, rows in logged.items()} == expected
 
 
 def refused(argv: list[str]) -> tuple[int, str]:
