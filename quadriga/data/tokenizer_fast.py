@@ -113,7 +113,7 @@ class FastTokenizer:
 
 def hard_texts(added_tokens: Sequence[str] = ()) -> Iterator[str]:
     """Texts in which libraries differ most likely: each code point between letters, digits and spaces, long runs, the
-    spelling of added tokens, and random sequences. The same in each call, but for versions of Unicode."""
+    spelling of added tokens, and random sequences. The same in each call; another Python can know more characters."""
     yield from ("", " ", "\n", "a" * 5000, " " * 5000, "\n" * 500, "1" * 500, "=" * 5000, "\u4e2d" * 2000, "ab " * 3000)
     for token in added_tokens[:1000]:
         yield from (token, f"a{token}b", f" {token} {token}\n", token[:-1], token.upper())
