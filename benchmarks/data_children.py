@@ -19,7 +19,8 @@ from typing import Any
 import common  # noqa: F401 (finds the package)
 
 from quadriga.config.schema import Dataloader, TextKeys, TokenKeys
-from quadriga.data.loader import Loader, build_loader
+from quadriga.data.loader import Loader
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.token_loader import TokenLoader, build_token_loader
 from quadriga.data.tokenizer import build_tokenizer
 

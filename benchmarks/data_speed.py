@@ -46,7 +46,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from quadriga.config.schema import Dataloader, TextKeys, TokenKeys
 from quadriga.data.catalogue import open_source
-from quadriga.data.loader import Loader, build_loader
+from quadriga.data.loader import Loader
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenize_job import TokenizeJob
 from quadriga.data.tokenize_run import tokenize_into

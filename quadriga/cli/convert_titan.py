@@ -129,7 +129,7 @@ def loader_state_of(found: CheckpointInfo, config: JobConfig) -> tuple[dict[str,
         return None, "the run shuffled its data, and torchtitan reads it in order"
     if not isinstance(saved, Mapping):
         return None, "the checkpoint does not contain it"
-    from quadriga.data.loader import build_loader
+    from quadriga.data.stream_loader import build_loader
     from quadriga.data.tokenizer import build_tokenizer
 
     batch, seed = found.extra["global_batch_size"], found.extra["seed"]

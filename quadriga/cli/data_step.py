@@ -16,9 +16,9 @@ from quadriga.cli.estimate import world_size_of
 from quadriga.config import Run
 from quadriga.config.schema import TOKENS
 from quadriga.data.data_check import training_mixture, training_tokens
-from quadriga.data.loader import SINGLE_STREAM, StreamLoader, build_loader
 from quadriga.data.mixture_loader import MixtureLoader, build_mixture_loader
 from quadriga.data.rows import RowPart, mixture_row, text_row, text_rows, token_row
+from quadriga.data.stream_loader import SINGLE_STREAM, StreamLoader, build_loader
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.errors import EXIT_OK, Fault, printable
 from quadriga.metrics.documents import format_documents, read_documents

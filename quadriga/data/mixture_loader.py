@@ -16,8 +16,9 @@ import numpy as np
 
 from quadriga import limits
 from quadriga.config.schema import TOKENS, Training, TrainingSource
-from quadriga.data.loader import SINGLE_STREAM, Batch, BatchPart, Loader, StreamLoader, build_loader, row_format
+from quadriga.data.loader import Batch, BatchPart, Loader, row_format
 from quadriga.data.mixture_data import STEP, MixtureData, collected, open_mixture
+from quadriga.data.stream_loader import SINGLE_STREAM, StreamLoader, build_loader
 from quadriga.data.streams import Cursor, SkippedRecord, Streams, Window
 from quadriga.data.token_loader import TokenReader
 from quadriga.data.tokenizer import Tokenizer

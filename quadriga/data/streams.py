@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +35,6 @@ BYTE_ORDER_MARK_BYTES = len("\ufeff".encode())  # at the beginning of a file; no
 LEAST_GROUP = 1 << 12  # characters encoded per call, so that the overhead of the call is negligible
 GROUP_PER_TOKEN = 8  # characters per id of a window: a group is about two windows, so that other streams wait briefly
 DOCUMENT_OVERHEAD = 64  # characters counted per document in addition, so that empty documents fill a group too
-JOIN_SECONDS = 5.0  # a thread that hangs in a network read is abandoned: it is a daemon
 
 
 class Cursor(NamedTuple):
@@ -81,7 +79,7 @@ class Window(NamedTuple):
     uncounted: Sequence[tuple[int, int]] = ()
 
 
-class Piece(NamedTuple):
+class EncodedDocument(NamedTuple):
     """The ids (int32) of a document, or of a piece of one. `continues`: it goes on where the piece before it ended.
     `prompt`: the number of ids at its beginning that the loss does not count as labels."""
 
@@ -290,7 +288,9 @@ def mix_bits(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def tokenized(documents: Iterable[tuple[Document, Cursor]], tokenizer: Tokenizer, seq_len: int) -> Iterator[Piece]:
+def tokenized(
+    documents: Iterable[tuple[Document, Cursor]], tokenizer: Tokenizer, seq_len: int
+) -> Iterator[EncodedDocument]:
     """Yields the ids of each document, with BOS and EOS at the ends of whole documents.
 
     Texts are encoded in groups, because each call of the tokenizer has an overhead."""
@@ -317,10 +317,10 @@ def _continues(before: Document, document: Document) -> bool:
     return next_shard - shard in (0, 1) and gap in ((0, BYTE_ORDER_MARK_BYTES) if before.begins else (0,))
 
 
-def _encode(group: list[tuple[Document, Cursor, bool]], tokenizer: Tokenizer) -> Iterator[Piece]:
+def _encode(group: list[tuple[Document, Cursor, bool]], tokenizer: Tokenizer) -> Iterator[EncodedDocument]:
     encoded = encode_documents([document for document, _, _ in group], tokenizer)
     for (document, cursor, continues), (ids, prompt) in zip(group, encoded, strict=True):
-        yield Piece(ids, cursor, document.id, continues, prompt)
+        yield EncodedDocument(ids, cursor, document.id, continues, prompt)
 
 
 def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[Ids, int]]:
@@ -341,7 +341,9 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Ite
         yield np.concatenate((before, ids, after)), len(before) if document.prompt else 0
 
 
-def windows(documents: Iterable[Piece], seq_len: int, start: Cursor = START, overlap: int = 1) -> Iterator[Window]:
+def windows(
+    documents: Iterable[EncodedDocument], seq_len: int, start: Cursor = START, overlap: int = 1
+) -> Iterator[Window]:
     """Yields windows of seq_len + 1 ids. Each begins with the last `overlap` ids (0 or 1) of the window before.
 
     With overlap 1, every token is a label exactly once, and a last partial window is short, if it has at least one
@@ -379,7 +381,7 @@ def windows(documents: Iterable[Piece], seq_len: int, start: Cursor = START, ove
         yield Window(window[:filled], cursor, tuple(inside), (), starts, uncounted)
 
 
-def rows_of_records(documents: Iterable[Piece], seq_len: int, start: Cursor = START) -> Iterator[Window]:
+def rows_of_records(documents: Iterable[EncodedDocument], seq_len: int, start: Cursor = START) -> Iterator[Window]:
     """Yields one window for each document, or piece of a long text, with its first seq_len + 1 ids at most. A document
     of one id has no label, and gives no window."""
     for ids, cursor, document, _, prompt in documents:
@@ -387,63 +389,3 @@ def rows_of_records(documents: Iterable[Piece], seq_len: int, start: Cursor = ST
             uncounted = [(0, min(prompt, seq_len + 1))] if prompt else []
             row = ids[: seq_len + 1].astype(np.int64)
             yield Window(row, cursor._replace(token=len(ids)), (document,), (), (), uncounted)
-
-
-class _Feed:
-    """One thread, one generator, at most `depth` items ahead. Has no reference to its reader, so it can be freed."""
-
-    def __init__(self, items: Generator[Any, None, None], depth: int, name: str) -> None:
-        self.items = items
-        self.ready: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self.free = threading.Semaphore(depth)
-        self.stopped = False
-        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            while True:
-                self.free.acquire()
-                if self.stopped:
-                    break
-                self.ready.put((next(self.items), None))
-        except BaseException as error:  # noqa: BLE001 (every error is passed to the reader)
-            self.ready.put((None, error))
-        finally:
-            self.items.close()
-
-    def stop(self) -> None:
-        self.stopped = True
-        self.free.release()
-
-
-class Prefetcher:
-    """Runs each generator in a thread, at most `depth` items ahead, and returns one item of each per call, in order."""
-
-    def __init__(self, generators: Sequence[Generator[Any, None, None]], depth: int) -> None:
-        self._feeds = [_Feed(items, depth, f"data-{index}") for index, items in enumerate(generators)]
-        self._named: set[str] = set()  # the files that were logged
-
-    def next(self) -> list[Any]:
-        """One item of each generator. Raises what a generator raised, also StopIteration at its end.
-
-        While it waits for longer than `stalls.STALL_SECONDS`, it logs each file that is read meanwhile, once."""
-        items = []
-        for feed in self._feeds:
-            try:
-                item, error = feed.ready.get(timeout=stalls.STALL_SECONDS)
-            except queue.Empty:
-                item, error = stalls.wait_for(feed.ready, feed.thread, self._named)
-            if error is not None:
-                feed.ready.put((None, error))  # later calls raise the same error
-                raise error
-            feed.free.release()
-            items.append(item)
-        return items
-
-    def close(self) -> None:
-        """Ends the threads and drops the prefetched items."""
-        for feed in self._feeds:
-            feed.stop()
-        for feed in self._feeds:
-            feed.thread.join(JOIN_SECONDS)

@@ -127,7 +127,7 @@ def attend_documents_backward(
     return dq, dk, dv
 
 
-class Piece(NamedTuple):
+class AttentionPiece(NamedTuple):
     """Queries and keys of one document in one row. Causal: the queries have the last positions of the keys, and each
     sees the keys up to its own; otherwise each sees all of them. Positions count from the first of the tensor."""
 
@@ -146,7 +146,7 @@ class Piece(NamedTuple):
 
 def visible_pieces(
     borders: Sequence[Sequence[int]], q_start: int, q_length: int, k_start: int, k_length: int
-) -> Iterator[Piece]:
+) -> Iterator[AttentionPiece]:
     """What the queries see of the keys. Each query and each key is in at most one piece."""
     q_end, k_end = q_start + q_length, k_start + k_length
     for row, marks in enumerate(borders):
@@ -155,7 +155,7 @@ def visible_pieces(
                 break
             queries, keys = (max(first, q_start), min(after, q_end)), (max(first, k_start), min(after, k_end))
             if queries[0] < queries[1] and keys[0] < keys[1]:
-                yield Piece(
+                yield AttentionPiece(
                     row,
                     slice(queries[0] - q_start, queries[1] - q_start),
                     slice(keys[0] - k_start, keys[1] - k_start),

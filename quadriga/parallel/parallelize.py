@@ -57,15 +57,12 @@ def parallelize(
 
     # Then tensor parallelism: all later transformations see only this rank's slices of the matrices.
     if mesh.tp.size() > 1:
-        apply_tensor_parallel(
-            model, plan.tensor_cuts, mesh.tp, parallelism, returns_hidden_states=chunked_output is not None
-        )
+        hidden = chunked_output is not None
+        apply_tensor_parallel(model, plan.tensor_cuts, mesh.tp, parallelism, returns_hidden_states=hidden)
 
-    # Before context parallelism, of which one method calls the attention module.
+    # Before recompute and compile, which capture the attention module of the block. Ulysses calls the module before.
     if training.document_mask:
         apply_document_mask(model, plan.attention_units)
-
-    # Before recompute and compile, which capture the attention module of the block.
     if mesh.cp.size() > 1:
         apply_context_parallel(model, plan.attention_units, mesh.cp, parallelism)
 

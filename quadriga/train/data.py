@@ -9,9 +9,10 @@ import torch
 from quadriga.comm.mesh import Mesh
 from quadriga.config import Run
 from quadriga.config.schema import TOKENS, Fetching, HeldOut
-from quadriga.data.loader import Loader, StreamLoader, build_loader, row_format
+from quadriga.data.loader import Loader, row_format
 from quadriga.data.mixture_data import collected
 from quadriga.data.mixture_loader import MixtureLoader, build_mixture_loader
+from quadriga.data.stream_loader import StreamLoader, build_loader
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.log import logger

@@ -16,6 +16,7 @@ SHARED = {
     "block_trace": "the registry calls that of the model's family",
     "head_trace": "the registry calls that of the model's family",
     "flops_per_token": "the registry calls that of the model's family",
+    "flops_per_pair": "the registry calls that of the model's family",
     "hf_config": "the registry calls that of the model's family",
     "spec_from_hf": "the registry calls that of the model's family",
 }

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from quadriga.config.schema import Dataloader, TextKeys
-from quadriga.data.loader import Batch, Loader, build_loader
+from quadriga.data.loader import Batch, Loader
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 
 ROWS, SEQ_LEN, FIRST, SECOND = 8, 128, 5, 4

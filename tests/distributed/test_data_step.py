@@ -13,9 +13,9 @@ from quadriga.cli import data_step
 from quadriga.cli.arguments import run_from_file
 from quadriga.cli.estimate import world_size_of
 from quadriga.cli.main import main
-from quadriga.data.loader import build_loader
 from quadriga.data.mixture_loader import build_mixture_loader
 from quadriga.data.rows import row_ids
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.errors import EXIT_FAULT, EXIT_OK, EXIT_USAGE

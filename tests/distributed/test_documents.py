@@ -6,7 +6,7 @@ from training import TINY, train
 
 from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data.catalogue import open_source
-from quadriga.data.loader import build_loader
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.metrics.documents import read_documents
 

@@ -77,7 +77,7 @@ class DataSource(Section):
     """Makes a document of several fields, as `"{title}\\n{text}"`; `{{` and `}}` are braces. It replaces the field."""
 
     dataset_prompt: Name | None = None
-    """A template of what stands before the document, as `"{question}\n"`. The loss does not count its tokens."""
+    """A template of what stands before the document, as `"{question}\\n"`. The loss does not count its tokens."""
 
     dataset_config: Name | None = None
     """The configuration of a data set of the Hub; none is its only one."""

@@ -12,7 +12,7 @@ from corpora import write_jsonl, zstd_frames
 from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.files import File
-from quadriga.data.loader import build_loader
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.survey import MOST_PROBLEMS
 from quadriga.data.text import TextSource
 from quadriga.data.tokenizer import ByteTokenizer

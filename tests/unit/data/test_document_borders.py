@@ -16,7 +16,8 @@ from token_writers import write_megatron
 
 from quadriga.config.schema import Dataloader, TextKeys, TokenKeys
 from quadriga.data.document_borders import document_tensors
-from quadriga.data.loader import IGNORE, Batch, RowFormat, StreamLoader, build_loader
+from quadriga.data.loader import IGNORE, Batch, RowFormat
+from quadriga.data.stream_loader import StreamLoader, build_loader
 from quadriga.data.token_data import open_tokens
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import ByteTokenizer

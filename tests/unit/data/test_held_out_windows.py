@@ -13,7 +13,8 @@ import torch
 from corpora import write_jsonl
 
 from quadriga.config.schema import Fetching, TextKeys, TokenKeys
-from quadriga.data.loader import IGNORE, Batch, Loader, build_loader
+from quadriga.data.loader import IGNORE, Batch, Loader
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.train.feed import Feed

@@ -29,7 +29,7 @@ from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data.catalogue import open_source
 from quadriga.data.hub import HubSource
 from quadriga.data.streams import Streams
-from quadriga.data.loader import StreamLoader
+from quadriga.data.stream_loader import StreamLoader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 

@@ -12,7 +12,8 @@ from corpora import KINDS, texts, write_jsonl
 
 from quadriga.config.schema import Dataloader, Fetching, TextKeys
 from quadriga.data.hub import HubSource
-from quadriga.data.loader import IGNORE, Batch, Loader, build_loader
+from quadriga.data.loader import IGNORE, Batch, Loader
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.streams import Streams
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError

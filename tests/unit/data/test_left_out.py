@@ -9,7 +9,7 @@ import torch
 
 from quadriga import limits
 from quadriga.config.schema import Dataloader, TextKeys
-from quadriga.data.loader import build_loader
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 

@@ -15,8 +15,10 @@ from launching import wait_until
 
 from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data.catalogue import open_source
-from quadriga.data.loader import IGNORE, Loader, build_loader
-from quadriga.data.streams import JOIN_SECONDS, Streams
+from quadriga.data.loader import IGNORE, Loader
+from quadriga.data.prefetch import JOIN_SECONDS
+from quadriga.data.stream_loader import build_loader
+from quadriga.data.streams import Streams
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 

@@ -16,7 +16,8 @@ import torch
 
 from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data import jsonl, streams, text
-from quadriga.data.loader import Loader, build_loader
+from quadriga.data.loader import Loader
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 

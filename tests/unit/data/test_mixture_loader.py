@@ -17,9 +17,10 @@ from quadriga.config.mixing import StageShares
 from quadriga.config.schema import Dataloader, MixtureStage, TextKeys, Training, TrainingSource
 from quadriga.data import token_files
 from quadriga.data.data_check import changed_data
-from quadriga.data.loader import Batch, build_loader
+from quadriga.data.loader import Batch
 from quadriga.data.mixture import Mixture
 from quadriga.data.mixture_loader import MixtureLoader, build_mixture_loader
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.tokenizer import build_tokenizer
 from quadriga.errors import UserError
 

@@ -16,8 +16,9 @@ from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data import jsonl, text
 from quadriga.data.files import File
 from quadriga.data.jsonl import find_anchor, move_cuts
-from quadriga.data.loader import Loader, build_loader
+from quadriga.data.loader import Loader
 from quadriga.data.sources import Anchor, Record
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from quadriga.config.schema import Dataloader, TextKeys
-from quadriga.data.loader import IGNORE, RowFormat, build_loader
+from quadriga.data.loader import IGNORE, RowFormat
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 

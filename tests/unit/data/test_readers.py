@@ -18,7 +18,7 @@ from quadriga import limits
 from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data import columns
 from quadriga.data.catalogue import open_source
-from quadriga.data.loader import build_loader
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 

@@ -14,8 +14,9 @@ import torch
 from quadriga.config.schema import Dataloader, TokenKeys
 from quadriga.data import stalls
 from quadriga.data.jsonl import JsonlSource
-from quadriga.data.loader import Loader, build_loader
+from quadriga.data.loader import Loader
 from quadriga.data.stored_arrays import OpenFiles
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import ByteTokenizer
 

@@ -10,8 +10,9 @@ import torch
 from corpora import KINDS, texts
 
 from quadriga.config.schema import Dataloader
-from quadriga.data.loader import Batch, StreamLoader
+from quadriga.data.loader import Batch
 from quadriga.data.sources import Source
+from quadriga.data.stream_loader import StreamLoader
 from quadriga.data.streams import Streams
 from quadriga.data.tokenizer import ByteTokenizer
 

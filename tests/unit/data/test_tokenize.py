@@ -27,8 +27,8 @@ from quadriga.cli.main import main
 from quadriga.cli.tokenize import format_progress
 from quadriga.config.schema import Dataloader, TextKeys, TokenKeys
 from quadriga.data import pieces
-from quadriga.data.loader import build_loader
 from quadriga.data.shards import dtype_for, read_manifest
+from quadriga.data.stream_loader import build_loader
 from quadriga.data.token_files import open_token_files
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenize_job import TokenizeJob
