@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.config.assets import DATASETS, PACKED, local_path
+from quadriga.data.unfinished import refuse_unfinished
 from quadriga.errors import Problem, UserError, shortened
 from quadriga.file_search import FolderListing, files_below, files_matching
 from quadriga.log import logger
@@ -55,6 +56,7 @@ def find_files(
     path = Path(local_path(pattern)).expanduser()
     suffixes = DATASETS[kind].suffixes if suffixes is None else suffixes
     if os.path.isdir(path):
+        refuse_unfinished(path)
         inside = files_below(path)
         found = [name for name in inside.files if name.lower().endswith(suffixes)]
         _refuse_saved_by_datasets(kind, path, inside.files, found)

@@ -35,7 +35,11 @@ def wait_for(ready: queue.SimpleQueue[T], thread: threading.Thread, named: set[s
     started, warned = time.monotonic() - STALL_SECONDS, ""
     while True:
         location, since = READING.get(thread.ident or 0, (None, 0.0))
-        if location is not None and (name := location()) not in named:
+        name = "" if location is None else location()
+        if warned and name != warned:
+            _goes_on(warned, started)
+            warned = ""
+        if name and name not in named:
             named.add(warned := name)
             logger.warning("data: training waits for %s, which is read for %.0f s", name, time.monotonic() - since)
         try:
@@ -43,5 +47,9 @@ def wait_for(ready: queue.SimpleQueue[T], thread: threading.Thread, named: set[s
         except queue.Empty:
             continue
         if warned:
-            logger.warning("data: %s goes on; training waited for %.0f s", warned, time.monotonic() - started)
+            _goes_on(warned, started)
         return item
+
+
+def _goes_on(name: str, started: float) -> None:
+    logger.warning("data: %s goes on; training waited for %.0f s", name, time.monotonic() - started)

@@ -36,7 +36,6 @@ from quadriga.data.token_formats import (
 )
 from quadriga.data.token_ids import checked_ids, location_of, wrong_ids
 from quadriga.data.token_parquet import DecodedGroups, open_parquet_tokens
-from quadriga.data.unfinished import refuse_unfinished
 from quadriga.errors import Problem, UserError, nearest, shortened
 from quadriga.reading import file_kind
 
@@ -246,8 +245,6 @@ def _data_files(path: str, key: str) -> tuple[File, ...]:
         named = Path(pair[0]) if any(map(os.path.isfile, pair)) else named
     if named.suffix == ".bin" and not os.path.exists(named) and os.path.isfile(named.with_suffix(".idx")):
         raise UserError(_without_data(str(named.with_suffix(".idx")), named))
-    if named.is_dir():
-        refuse_unfinished(named)  # before a shard is finished, there is no file that could be found
     found = find_files("token", str(named), f"{key}.dataset_path", suffixes=SUFFIXES)
     names = {file.name for file in found}
     if caches := [f for f in found if f.name.endswith(".arrow") and f.path.name.startswith("cache-")]:

@@ -25,11 +25,11 @@ for slot, window in enumerate(reader.windows.at(np.arange(500)).tolist()):
 """
 TEXT = """
 import sys
-from quadriga.config.schema import Dataloader
+from quadriga.config.schema import Dataloader, TextKeys
 from quadriga.data.stream_loader import build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 order = dict(seed=1, seq_len=512, global_batch_size=8, rows=range(8), dataloader=Dataloader())
-loader = build_loader("jsonl", sys.argv[1], ByteTokenizer(), **order)
+loader = build_loader(TextKeys("jsonl", sys.argv[1]), ByteTokenizer(), **order)
 for _ in range(300):
     loader.next()
 loader.close()

@@ -23,7 +23,9 @@ from quadriga.cli.data_fetch import format_fetch_progress
 from quadriga.cli.main import main
 from quadriga.data import fetch, fetch_file, fetch_stores
 from quadriga.data.fetch import FetchProgress, fetch_into
+from quadriga.data.files import find_files
 from quadriga.data.token_files import open_token_files
+from quadriga.data.unfinished import FETCH, INCOMPLETE
 from quadriga.errors import EXIT_FAULT, EXIT_OK, EXIT_USAGE, UserError
 
 BLOCK = 1 << 16
@@ -377,3 +379,14 @@ def test_progress_has_speed_and_time_left():
     progress = FetchProgress(total_bytes=1000, files=3, bytes=400, received=100, finished=1)
     assert format_fetch_progress(progress, 10.0) == "400 B of 1000 B, 1 of 3 files, 10 B/s, 1m00s left"
     assert "left" not in format_fetch_progress(FetchProgress(0, 1), 1.0)
+
+
+def test_texts_of_an_unfinished_folder_are_refused(tmp_path):
+    """A run would train on the files that have come so far."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / FETCH).mkdir()
+    find_files("jsonl", str(tmp_path))
+    (tmp_path / FETCH / INCOMPLETE).touch()
+    with pytest.raises(UserError, match="are not complete") as refused:
+        find_files("jsonl", str(tmp_path))
+    assert "quadriga data fetch" in str(refused.value)

@@ -275,7 +275,7 @@ def test_a_read_that_fails_consumes_nothing(training, monkeypatch):
     expected = digest([batches(make(training), 1)[0]])
     loader = make(training)
     before = loader.snapshot()
-    monkeypatch.setattr(token_files.TokenFiles, "read", lambda *_: (_ for _ in ()).throw(OSError("broken")))
+    monkeypatch.setattr(token_files.TokenFiles, "read_documents", lambda *_: (_ for _ in ()).throw(OSError("broken")))
     with pytest.raises(OSError, match="broken"):
         loader.next()
     monkeypatch.undo()

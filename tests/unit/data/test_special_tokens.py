@@ -160,7 +160,7 @@ def test_a_document_in_segments_gets_its_separator_once(tmp_path):
     config = {"bos_token": "</s>", "eos_token": "</s>"}
     tokenizer = build_tokenizer(str(write_folder(tmp_path, byte_level(), tokenizer_config=config)))
     parts = [Document("a", True, False), Document("a", False, False), Document("a", False, True)]
-    ids = [part.tolist() for part, _, _ in tokenized([(part, START) for part in parts], tokenizer, 4)]
+    ids = [part.ids.tolist() for part in tokenized([(part, START) for part in parts], tokenizer, 4)]
     assert [len(part) for part in ids] == [2, 1, 1]
     assert ids[0][0] == EOS
 

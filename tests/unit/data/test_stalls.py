@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from quadriga.config.schema import Dataloader, TokenKeys
+from quadriga.config.schema import Dataloader, TextKeys, TokenKeys
 from quadriga.data import stalls
 from quadriga.data.jsonl import JsonlSource
 from quadriga.data.loader import Loader
@@ -39,7 +39,9 @@ def loader_of(kind: str, folder: Path, ahead: int) -> Loader:
     for number in range(3):
         lines = [json.dumps({"text": f"{number}.{line} words of a line"}) for line in range(20)]
         (folder / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
-    return build_loader("jsonl", str(folder), ByteTokenizer(), dataloader=Dataloader(prefetch_factor=ahead), **ORDER)
+    return build_loader(
+        TextKeys("jsonl", str(folder)), ByteTokenizer(), dataloader=Dataloader(prefetch_factor=ahead), **ORDER
+    )
 
 
 def stall_once(monkeypatch: pytest.MonkeyPatch, after: int) -> None:

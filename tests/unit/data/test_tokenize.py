@@ -393,7 +393,7 @@ def test_what_does_not_exist_is_named_by_its_argument(source, tmp_path, capsys):
 def test_a_file_that_changes_during_the_job_is_refused(tmp_path, capsys, small_pieces):
     """It has the same size, so nothing else would say that the shards have old and new lines."""
     source, out = write_lines(tmp_path / "source", files=2), tmp_path / "out"
-    job = TokenizeJob("jsonl", str(source), "builtin:bytes")
+    job = TokenizeJob(TextKeys("jsonl", str(source)), "builtin:bytes")
 
     def change(progress: TokenizeProgress) -> None:
         if progress.source_bytes:

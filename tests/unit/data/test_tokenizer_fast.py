@@ -13,6 +13,7 @@ from tokenizer_folders import write_folder
 from tokenizers import models, pre_tokenizers, trainers
 
 from quadriga.cli.main import main
+from quadriga.config.schema import TextKeys
 from quadriga.data import tokenize_job, tokenizer_fast
 from quadriga.data.pieces import cut_pieces
 from quadriga.data.shards import read_manifest
@@ -102,7 +103,7 @@ def test_the_shards_are_equal(folder, lines, tmp_path, monkeypatch):
 
 def test_only_the_fast_library_encodes(folder, lines, monkeypatch):
     """Nothing falls back to the slow one."""
-    _, tokenizer = TokenizeJob("jsonl", str(lines), str(folder), library="fastokens").open()
+    _, tokenizer = TokenizeJob(TextKeys("jsonl", str(lines)), str(folder), library="fastokens").open()
     expected = ids_of(build_tokenizer(str(folder)), ["one two"])
     monkeypatch.setattr(JsonTokenizer, "encode_batch", None)
     assert ids_of(tokenizer, ["one two"]) == expected
@@ -115,7 +116,7 @@ def test_a_difference_is_refused_and_shown(tmp_path, lines):
     other = json.dumps(content).replace("{1,3}", "{1,2}")  # digits are split otherwise
     fast._fast = fastokens.Tokenizer.from_json_str(other)
     with pytest.raises(UserError) as refused:
-        fast.require_equal(TokenizeJob("jsonl", str(lines), "builtin:bytes").open()[0])
+        fast.require_equal(TokenizeJob(TextKeys("jsonl", str(lines)), "builtin:bytes").open()[0])
     (problem,) = refused.value.problems
     assert problem.where == "--library"
     assert "fastokens gives other ids than tokenizers: [" in problem.what
@@ -138,10 +139,11 @@ def test_samples_of_the_data_are_compared(tmp_path, monkeypatch):
     )
     texts = [*corpora.texts(50), "one quadriga", *corpora.texts(50)]
     file = corpora.write_jsonl(tmp_path / "lines.jsonl", texts)
-    source, _ = TokenizeJob("jsonl", str(file), "builtin:bytes").open()
+    source, _ = TokenizeJob(TextKeys("jsonl", str(file)), "builtin:bytes").open()
     with pytest.raises(UserError, match="' quadriga'"):
         fast.require_equal(source)
-    other, _ = TokenizeJob("jsonl", str(corpora.write_jsonl(tmp_path / "other.jsonl", ["one"])), "builtin:bytes").open()
+    one = corpora.write_jsonl(tmp_path / "other.jsonl", ["one"])
+    other, _ = TokenizeJob(TextKeys("jsonl", str(one)), "builtin:bytes").open()
     fast.require_equal(other)
 
 
@@ -170,7 +172,7 @@ def test_a_library_that_is_absent_or_cannot_read_the_tokenizer(tmp_path, lines, 
 def test_another_library_does_not_continue_a_job(tmp_path, folder, lines, capsys, monkeypatch):
     out = tmp_path / "out"
     (out / ".tokenize").mkdir(parents=True)
-    job = TokenizeJob("jsonl", str(lines), str(folder))
+    job = TokenizeJob(TextKeys("jsonl", str(lines)), str(folder))
     source, tokenizer = job.open()
     tokenize_job.prepare_folder(out, job, source, tokenizer).close()
     tokenize_job.piece_path(out / ".tokenize", 0).touch()
@@ -182,7 +184,7 @@ def test_another_library_does_not_continue_a_job(tmp_path, folder, lines, capsys
 def test_a_small_source_has_pieces_for_many_processes(tmp_path):
     """Two processes end at about one time, also if the data are small."""
     file = corpora.write_jsonl(tmp_path / "lines.jsonl", [text * 40 for text in corpora.texts(2000)])
-    source, _ = TokenizeJob("jsonl", str(file), "builtin:bytes").open()
+    source, _ = TokenizeJob(TextKeys("jsonl", str(file)), "builtin:bytes").open()
     sizes = [sum(map(source.bytes_of, piece)) for piece in cut_pieces(source)]
     assert len(sizes) >= 10
     assert max(sizes) <= 2 * sum(sizes) / len(sizes)
