@@ -24,6 +24,7 @@ RUNS: dict[str, list[list[str]]] = {
     "search": [[]],
     "attention": [[]],
     "loss_speed": [[]],
+    "document_attention": [[]],
     "plan_speed": [[]],
     "data_speed": [[]],
     "startup": [[]],

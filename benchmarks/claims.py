@@ -294,6 +294,18 @@ def data_table() -> Iterator[str]:
         yield f"| {row['what']} | {row['tokens_per_second']:,.0f} | {row['ratio']:.2f} | {start} |"
 
 
+def documents_table() -> Iterator[str]:
+    yield "| mean length of documents | less work | speed of attention | 95 % of the median |"
+    yield "|---|---|---|---|"
+    if not (RESULTS / "document_attention.json").exists():
+        yield f"| {NOT_RECORDED} | | | |"
+        return
+    for row in result_figures("document_attention"):
+        ratio, share = row["ratio"], f"1/{round(1 / row['mean_share_of_a_row'])} of a row"
+        interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+        yield f"| {share} | {row['less_work']:.1f} x | {ratio['median']:.2f} x | {interval} |"
+
+
 def startup_answer(position: int, key: str) -> str:
     return f"{result_figures('startup')['answers'][position][key]:.2f} s"
 
@@ -441,6 +453,7 @@ FIGURES: dict[str, Callable[[], str]] = {
 }
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "cuda dispatch": dispatch_table,
+    "attention of documents": documents_table,
     "search": search_table,
     "equivalence": equivalence_table,
     "fidelity": fidelity_table,

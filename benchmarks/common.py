@@ -100,6 +100,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "plan_speed": ("checkpoint",),
     "save_cost": ("checkpoint", "train", "resilience"),
     "loss_speed": ("train",),
+    "document_attention": ("parallel", "models"),
     "scaling": (*_TRAINING, "planning", "rehearsal"),
     "search": _PLANNING,
     "shakespeare": _TRAINING,

@@ -190,3 +190,15 @@ def test_a_manifest_whose_run_cannot_be_is_reported_in_one_message(saved):
     for report in reports:
         assert report.startswith("quadriga: "), report
         assert len(report) < 4000
+
+
+def test_another_document_mask_is_refused_unless_it_is_allowed(saved, tmp_path, monkeypatch):
+    """The checkpoint is of a run without one. If it is allowed, the data go on where they were."""
+    masked = (*TINY, *SAVING, "--training.steps=3", "--training.document_mask")
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    records = train(copy, 1, *masked, "--checkpoint.allow_change")
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert records[-1]["keys_per_token"] <= 16.5
+    with pytest.raises(UserError, match=r"training\.document_mask") as refused:
+        alone(saved, monkeypatch, *masked)
+    assert "--checkpoint.allow_change" in str(refused.value)
