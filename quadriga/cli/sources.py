@@ -31,7 +31,7 @@ ARGUMENTS = {
 
 
 def add_text_arguments(parser: Parser) -> None:
-    """The arguments of `text_keys`, beside `--field`."""
+    """The arguments of `text_keys`, except `--field`."""
     parser.add_argument("--template", metavar="TEXT", help="as training.dataset_template, instead of --field")
     parser.add_argument("--config", metavar="NAME", help="of a data set of the Hub (--dataset hub)")
     parser.add_argument("--split", metavar="NAME", help="of a data set of the Hub, or of a folder of save_to_disk")

@@ -56,7 +56,7 @@ def hub_name(keys: TextKeys) -> HubName:
 
 
 def hub_fingerprint(keys: TextKeys, content: str) -> str:
-    """`content`: what identifies the data beside their name."""
+    """`content`: what identifies the data in addition to their name."""
     kind = "hub" if keys.streaming else "hub-local"
     title = hub_name(keys).title.replace(":", "_").replace(";", "_")
     return f"{kind}:{title}:{content}{fingerprint_suffix(keys)}"

@@ -90,9 +90,9 @@ def ended_in_a_validation(argv: list[str], batches: int) -> tuple[int, str, str]
     """Exit code, report and log of a rank; the second one cannot read validation text after so many batches of it."""
     import torch.distributed as dist
 
-    from quadriga.data import loader
+    from quadriga.data import stream_loader
 
-    real = loader._assign_rows
+    real = stream_loader._assign_rows
 
     def assign(streams, *given):
         for number, each in enumerate(real(streams, *given)):
@@ -100,7 +100,7 @@ def ended_in_a_validation(argv: list[str], batches: int) -> tuple[int, str, str]
                 raise UserError(Problem("held_out/3.jsonl, line 7", "not JSON: Expecting ',' delimiter"))
             yield each
 
-    loader._assign_rows = assign
+    stream_loader._assign_rows = assign
     return ended(argv, broken=False)
 
 
