@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from quadriga.config.schema import Fetching, Training
@@ -209,17 +210,17 @@ class Loader(ABC):
         IGNORE, and so have prompts. With `document_mask` the first token of a document is no label: the one before it
         does not predict it."""
         shape = (len(self._rows), self._seq_len)
-        tokens = torch.zeros(shape, dtype=torch.int64, pin_memory=self._pin)
-        labels = torch.full(shape, IGNORE, dtype=torch.int64, pin_memory=self._pin)
-        for index, row in enumerate(self._rows):
-            if (window := windows.get(row)) is not None:
-                ids = torch.from_numpy(window.ids)
-                tokens[index, : len(ids) - 1] = ids[:-1]
-                labels[index, : len(ids) - 1] = ids[1:]
+        tokens, labels = (torch.empty(shape, dtype=torch.int64, pin_memory=self._pin) for _ in range(2))
+        for row, of_tokens, of_labels in zip(self._rows, tokens.numpy(), labels.numpy(), strict=True):
+            window = windows.get(row)
+            length = 0 if window is None else len(window.ids) - 1
+            of_tokens[length:], of_labels[length:] = 0, IGNORE
+            if window is not None:
+                of_tokens[:length], of_labels[:length] = window.ids[:-1], window.ids[1:]
                 if self._format.document_mask and len(window.starts):
-                    labels[index, torch.as_tensor(window.starts) - 1] = IGNORE
+                    of_labels[np.asarray(window.starts) - 1] = IGNORE
                 for first, after in window.uncounted:
-                    labels[index, max(first - 1, 0) : after - 1] = IGNORE
+                    of_labels[max(first - 1, 0) : after - 1] = IGNORE
         positions, borders = self._documents_of(windows) if self._format.document_mask else (None, None)
         read = sum(len(window.ids) - 1 for window in windows.values()) if self._format.counts_labels else None
         return Batch(

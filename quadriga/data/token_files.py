@@ -41,7 +41,8 @@ from quadriga.reading import file_kind
 
 TOKEN_FORMATS = ("auto", *FORMAT_NAMES)
 SUFFIXES = (".bin", ".idx", ".npy", ".parquet", ".arrow")  # of the files that are read from a folder
-OPENED_AT_ONCE = 4  # files whose headers are read concurrently, because network file systems have latency
+OPENED_AT_ONCE = 4  # threads that read headers, because network file systems have latency
+OPENED_IN_A_ROW = 64  # files of one thread, because a file on a local disk takes less time than to wake a thread
 Opened = tuple[str, TokenFile]  # the format of a file, and the file
 
 
@@ -270,18 +271,33 @@ def _open_all(open_one: Callable[[File], Opened | UserError], data: Sequence[Fil
     that cannot be read takes some seconds."""
     found: list[Opened] = []
     problems: list[Problem] = []
-    with ThreadPoolExecutor(min(OPENED_AT_ONCE, len(data))) as pool:
-        for future in [pool.submit(open_one, file) for file in data]:
-            if isinstance(each := future.result(), UserError):
-                problems += each.problems
-            else:
-                found.append(each)
+    groups = [data[start : start + OPENED_IN_A_ROW] for start in range(0, len(data), OPENED_IN_A_ROW)]
+    with ThreadPoolExecutor(min(OPENED_AT_ONCE, len(groups))) as pool:
+        for future in [pool.submit(_open_group, open_one, group) for group in groups]:
+            opened, refused = future.result()
+            found, problems = found + opened, problems + refused
             if len(problems) >= MOST_PROBLEMS:
                 pool.shutdown(cancel_futures=True)
                 break
     if problems:
         raise UserError(*problems[:MOST_PROBLEMS])
     return found
+
+
+def _open_group(
+    open_one: Callable[[File], Opened | UserError], group: Sequence[File]
+) -> tuple[list[Opened], list[Problem]]:
+    """Up to MOST_PROBLEMS problems."""
+    found: list[Opened] = []
+    problems: list[Problem] = []
+    for file in group:
+        if isinstance(each := open_one(file), UserError):
+            problems += each.problems
+        else:
+            found.append(each)
+        if len(problems) >= MOST_PROBLEMS:
+            break
+    return found, problems
 
 
 def _opened(
