@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -40,11 +40,14 @@ class HeldOutSet:
         kept: list[Batch] = []
         size = 0
         for batch in feed.one_pass(self._loader):
-            size += batch.tokens.nbytes + batch.labels.nbytes
+            # Not of borders, whose number can differ from rank to rank.
+            size += (
+                batch.tokens.nbytes + batch.labels.nbytes + (0 if batch.positions is None else batch.positions.nbytes)
+            )
             if size > self._kept_bytes:
                 kept.clear()
             else:
-                kept.append(Batch(batch.tokens, batch.labels))
+                kept.append(replace(batch, documents=(), skipped=()))
             yield batch
         self.passes += 1
         if size <= self._kept_bytes:

@@ -22,6 +22,8 @@ from quadriga.data.token_data import open_tokens
 from quadriga.data.token_loader import build_token_loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
+from quadriga.train.feed import Feed
+from quadriga.train.validate import KEPT_BYTES, HeldOutSet
 
 BOS = ByteTokenizer.bos_id
 SEQ, BATCH = 64, 6
@@ -191,3 +193,13 @@ def test_token_files_without_documents_are_refused_with_a_mask(tmp_path: Path) -
         open_tokens(keys, Dataloader(), SEQ, None, document_mask=True)
     assert "set training.token_eos_id" in str(refused.value)
     open_tokens(keys._replace(eos_id=9), Dataloader(), SEQ, None, document_mask=True)
+
+
+def test_a_kept_validation_set_keeps_its_documents(tmp_path: Path) -> None:
+    """The batches of the first pass are used again."""
+    held_out = HeldOutSet(None, "validation", make(jsonl(tmp_path), infinite=False), KEPT_BYTES)
+    first, again = list(held_out.batches(Feed())), list(held_out.batches(Feed()))
+    assert len(first) == len(again) > 1
+    for ours, theirs in zip(again, first, strict=True):
+        for name in ("tokens", "labels", "positions", "borders"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
