@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from quadriga.cli.arguments import Parser, count, run_from_file
 from quadriga.cli.sources import ARGUMENTS, add_text_arguments, arguments_in_messages, data_named, text_keys
@@ -39,6 +39,7 @@ class DataChoice:
     seq_len: int
     overlap: int = 1
     vocab_size: int | None = None
+    packing: str = "concat"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -83,7 +84,7 @@ def _of_configuration(file: Path) -> list[DataChoice]:
     choices = []
     for section in training.sources or (training,):
         keys = section.token_keys if section.dataset == TOKENS else section.text_keys
-        choices.append(DataChoice(keys, spec.tokenizer.assets, spec.seq_len, overlap, size))
+        choices.append(DataChoice(keys, spec.tokenizer.assets, spec.seq_len, overlap, size, training.packing))
     if training.sources:
         print("\n".join(map(printable, ["mixture", *describe_data(training, spec), ""])))
     return choices
@@ -151,7 +152,8 @@ def _read_text(
 
     source = open_source(keys)
     found = contents_of_text(source, tokenizer, whole=whole)
-    streams = Streams(source, tokenizer, choice.seq_len, 1, None, endless=False, skip_bad=True, overlap=choice.overlap)
+    how: dict[str, Any] = {"endless": False, "skip_bad": True, "overlap": choice.overlap, "packing": choice.packing}
+    streams = Streams(source, tokenizer, choice.seq_len, 1, None, **how)
     try:
         shown = list(islice(text_rows(streams, 0), rows))
     except UserError as error:  # of a damaged file

@@ -16,6 +16,7 @@ from quadriga.cli.estimate import world_size_of
 from quadriga.config import Run
 from quadriga.config.schema import TOKENS
 from quadriga.data.data_check import training_mixture, training_tokens
+from quadriga.data.loader import row_format
 from quadriga.data.mixture_loader import MixtureLoader, build_mixture_loader
 from quadriga.data.rows import RowPart, mixture_row, text_row, text_rows, token_row
 from quadriga.data.stream_loader import SINGLE_STREAM, StreamLoader, build_loader
@@ -59,6 +60,7 @@ def rows_of_step(run: Run, folder: Path, step: int, rows: int) -> list[list[RowP
         global_batch_size=spec.global_batch_size,
         rows=range(rows),
         dataloader=training.dataloader,
+        rows_have=row_format(training),
     )
     try:
         _advance(loader, run, folder, step, rows)

@@ -55,7 +55,8 @@ def held_out_tokens(
     """The token files of a held-out set, and the windows of a pass. Raises UserError as `open_tokens`."""
     assert spec.validation is not None
     keys, assets = each.token_keys(training), spec.tokenizer.assets
-    return open_tokens(keys, dataloader, spec.validation.seq_len, vocab_size, assets=assets)
+    how: dict[str, Any] = {"assets": assets, "document_mask": training.document_mask}
+    return open_tokens(keys, dataloader, spec.validation.seq_len, vocab_size, **how)
 
 
 def _mixture_problems(training: Training, spec: RunSpec) -> list[Problem]:
@@ -175,7 +176,7 @@ def changed_data(state: Mapping[str, Any], training: Training, spec: RunSpec) ->
         fingerprint = training_tokens(training, spec)[0].fingerprint
         here = {key: text for key, text in parts.items() if key != "tokenizer"} | {"dataset": fingerprint}
         return differences(state["fingerprint"], _joined(here))
-    return _changed_text(state, training.text_keys, spec)
+    return _changed_rows(state, training, spec) + _changed_text(state, training.text_keys, spec)
 
 
 def _changed_mixture(state: Mapping[str, Any], training: Training, spec: RunSpec) -> list[Problem]:
@@ -187,6 +188,15 @@ def _changed_mixture(state: Mapping[str, Any], training: Training, spec: RunSpec
         data.fingerprint(texts),
         lambda source, saved: _changed_text(saved, source.text_keys, spec),
     )
+
+
+def _changed_rows(state: Mapping[str, Any], training: Training, spec: RunSpec) -> list[Problem]:
+    """Whether the rows of text are made in another way."""
+    parts = fingerprint_parts(state["fingerprint"])
+    then = {str(key): parts[key] for key in ("packing", "seq_len") if key in parts}
+    pads = training.packing != "concat"
+    now: dict[str, str] = {"packing": training.packing, "seq_len": str(spec.seq_len)} if pads else {}
+    return differences(_joined({"dataset": "", **then}), _joined({"dataset": "", **now}))
 
 
 def _changed_text(state: Mapping[str, Any], keys: TextKeys, spec: RunSpec) -> list[Problem]:

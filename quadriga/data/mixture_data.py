@@ -62,6 +62,8 @@ class MixtureData:
         parts |= {SOURCES: ", ".join(self.names), "shuffle": str(dataloader.shuffle).lower()}
         parts |= {"window_overlap": str(dataloader.window_overlap), "seed": str(self.seed)}
         parts |= {"global_batch_size": str(self.global_batch_size), "seq_len": str(self.seq_len)}
+        if self.training.packing != "concat":
+            parts["packing"] = self.training.packing
         return "; ".join(f"{key}={value}" for key, value in parts.items())
 
     def _format_stage(self, stage: StageShares) -> str:

@@ -41,9 +41,8 @@ class HeldOutSet:
         size = 0
         for batch in feed.one_pass(self._loader):
             # Not of borders, whose number can differ from rank to rank.
-            size += (
-                batch.tokens.nbytes + batch.labels.nbytes + (0 if batch.positions is None else batch.positions.nbytes)
-            )
+            tensors = (batch.tokens, batch.labels, batch.positions)
+            size += sum(tensor.nbytes for tensor in tensors if tensor is not None)
             if size > self._kept_bytes:
                 kept.clear()
             else:

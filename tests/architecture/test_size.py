@@ -24,7 +24,7 @@ def test_files_and_functions_stay_short(path):
 
 # Lines of code of the whole package, without blank lines, comments and docstrings: what it has today. It had 26,700
 # before things that were there twice became one; the goal was 23,500. Only a new capability may raise the number.
-CODE_LINES = 33180
+CODE_LINES = 33195
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

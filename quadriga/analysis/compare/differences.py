@@ -33,7 +33,8 @@ IMPLIED_KEYS = {BACKEND_KEY: ("environment.backend", "environment.backends")}
 DATASET_KEYS = (
     *("training.dataset", "training.dataset_path", "training.dataset_text_field", "training.dataset_template"),
     *("training.dataset_config", "training.dataset_split", "training.dataset_streaming", "training.token_format"),
-    *("training.token_dtype", "training.token_eos_id", "model.hf_assets_path"),
+    *("training.token_dtype", "training.token_eos_id", "training.dataset_prompt", "training.packing"),
+    *("training.document_mask", "model.hf_assets_path"),
 )
 MIXTURE_KEYS = ("training.sources", "training.stages")
 DATA_KEYS = frozenset({*DATASET_KEYS, *MIXTURE_KEYS, "debug.seed", "training.global_batch_size", "training.seq_len"})

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from quadriga.config.schema import Dataloader, TextKeys
+from quadriga.config.schema import Dataloader, TextKeys, Training
+from quadriga.data.data_check import changed_data
 from quadriga.data.loader import IGNORE, RowFormat
-from quadriga.data.stream_loader import build_loader
+from quadriga.data.rows import row_ids, text_row, text_rows
+from quadriga.data.stream_loader import SINGLE_STREAM, build_loader
 from quadriga.data.tokenizer import ByteTokenizer
 from quadriga.errors import UserError
 
@@ -133,3 +136,39 @@ def test_data_of_less_than_a_row_are_enough(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     batch = make(TextKeys("jsonl", str(tmp_path / "b.jsonl"))).next()
     assert batch.tokens[:, :2].tolist() == [[BOS, ord("a")]] * BATCH
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_rows_of_one_record_are_shown_as_they_are_read(tmp_path: Path, shuffle: bool) -> None:
+    """What `quadriga data` shows of a step."""
+    loader = make(keys(tmp_path, prompt="{question}"), shuffle=shuffle)
+    for _ in range(9):
+        cursors, streams = loader.snapshot(), loader.streams
+        if shuffle:
+            shown = [text_row(streams, row, cursors[row]) for row in range(BATCH)]
+        else:
+            shown = list(islice(text_rows(streams, SINGLE_STREAM, cursors[SINGLE_STREAM]), BATCH))
+        batch = loader.next()
+        for parts, tokens, documents in zip(shown, batch.tokens.tolist(), batch.documents, strict=True):
+            ids = row_ids(parts)
+            assert ids[:-1] == tokens[: len(ids) - 1]
+            assert set(tokens[len(ids) - 1 :]) <= {0}
+            assert [part.document for part in parts] == list(documents)
+    loader.close()
+
+
+def test_a_dry_run_sees_that_rows_are_made_in_another_way(tmp_path: Path) -> None:
+    """As a start does: one record per row was saved, or is asked for."""
+    source = keys(tmp_path)
+    spec = SimpleNamespace(seq_len=SEQ, tokenizer=SimpleNamespace(path="builtin:bytes"))
+    for saved, asked in (("pad", "concat"), ("concat", "pad"), ("pad", "pad"), ("concat", "concat")):
+        loader = make(source, mode=saved)
+        loader.next()
+        state = loader.state_dict()
+        loader.close()
+        training = Training(
+            dataset="jsonl", dataset_path=source.path, dataset_text_field="answer", packing=asked, seq_len=SEQ
+        )
+        found = [problem.where for problem in changed_data(state, training, spec)]
+        assert (found != []) == (saved != asked), (saved, asked)
+        assert (make(source, mode=asked).differences(state) != []) == (saved != asked)
