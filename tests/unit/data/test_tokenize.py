@@ -38,8 +38,10 @@ from quadriga.data.unfinished import WORK
 from quadriga.errors import EXIT_OK, EXIT_USAGE, Fault, UserError
 
 SHARD_TOKENS = 12_000
+# A process in the background of a shell inherits that interrupts are ignored; the tests of Ctrl-C need the default.
 DRIVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from quadriga.data import pieces
 pieces.PIECE_BYTES = 1
 from quadriga.cli.main import main
